@@ -1,0 +1,6 @@
+"""PipeWeaver: dynamic interleaved pipeline schedules for large multimodal models on Megatron-LM.
+
+Importing this package loads neither torch nor megatron.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""The `pipeweaver` command, one file per verb."""

@@ -1,0 +1,1 @@
+"""What flows through PipeWeaver: frozen data and its invariants; standard library only."""

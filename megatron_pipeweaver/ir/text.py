@@ -1,0 +1,79 @@
+"""Op names and grids that people and tests can read: ``vision0.F3``, ``vision0.B3.1``.
+
+The form is ``<module><stage>.<kind><microbatch>[.<sub-microbatch>]``; sub-microbatch 0 is left
+out. A module whose name ends in a digit is set off from its stage by a colon (``clip2:0.F3``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.ir.problem import OpKey, OpKind
+
+_OP = re.compile(
+    r"(?P<module>.+?):?(?P<stage>\d+)\.(?P<kind>[FBW])(?P<microbatch>\d+)(?:\.(?P<sub>\d+))?"
+)
+
+
+def format_op(op: OpKey) -> str:
+    """The printed form of `op`, e.g. ``vision0.F3``."""
+    return f"{format_stage(op.module, op.stage)}.{op.kind}{format_share(op)}"
+
+
+def format_stage(module: str, stage: int) -> str:
+    """``vision0``: a stage of a module."""
+    return f"{module}{':' if module[-1].isdigit() else ''}{stage}"
+
+
+def format_share(op: OpKey) -> str:
+    """``3`` or ``3.1``: microbatch and, unless it is 0, sub-microbatch."""
+    return f"{op.microbatch}" + (f".{op.sub_microbatch}" if op.sub_microbatch else "")
+
+
+def parse_op(text: str) -> OpKey:
+    """The op that `format_op` printed as `text`.
+
+    Raises:
+        ConfigError: `text` is not such a form.
+    """
+    match = _OP.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{text!r} is not an op; write it like vision0.F3 or vision0.B3.1")
+    return OpKey(
+        OpKind(match["kind"]),
+        int(match["microbatch"]),
+        match["module"],
+        int(match["sub"] or 0),
+        int(match["stage"]),
+    )
+
+
+def format_grid(rows: Sequence[Sequence[str]]) -> str:
+    """One line per rank: ``rank 0 | a b c``, cells padded to a common width per column."""
+    width = max((len(cell) for row in rows for cell in row), default=0)
+    return "\n".join(
+        f"rank {rank} | " + " ".join(cell.ljust(width) for cell in row).rstrip()
+        for rank, row in enumerate(rows)
+    )
+
+
+def parse_grid(text: str) -> list[list[str]]:
+    """The cells that `format_grid` printed; blank lines are skipped.
+
+    Raises:
+        ConfigError: a line does not begin with the rank that is due.
+    """
+    rows: list[list[str]] = []
+    for line in filter(str.strip, text.splitlines()):
+        head, bar, cells = line.partition("|")
+        if not bar or head.split() != ["rank", str(len(rows))]:
+            raise ConfigError(f"grid line {line!r}: it must begin with 'rank {len(rows)} |'")
+        rows.append(cells.split())
+    return rows
+
+
+def format_ops(ranks: Iterable[Iterable[OpKey]]) -> str:
+    """The grid of an op order per rank."""
+    return format_grid([[format_op(op) for op in ops] for ops in ranks])

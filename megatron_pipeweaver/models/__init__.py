@@ -1,0 +1,1 @@
+"""Model chunks made of megatron-core's own modules."""

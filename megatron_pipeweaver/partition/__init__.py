@@ -1,0 +1,1 @@
+"""Modules into chunks, batches into sub-microbatches, both into scheduling problems."""

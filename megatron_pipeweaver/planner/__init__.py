@@ -1,0 +1,1 @@
+"""From batch metadata to a verified plan, off the training's critical path."""

@@ -1,0 +1,1 @@
+"""PipeWeaver inside Megatron."""

@@ -1,0 +1,1 @@
+"""Runs verified plans with real tensors."""

@@ -1,0 +1,1 @@
+"""Schedules for problems: orders, interleaving, memory choice, bounds, baselines."""

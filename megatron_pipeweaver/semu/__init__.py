@@ -1,0 +1,1 @@
+"""SEMU, the step emulator: how long, and how much memory."""

@@ -1,0 +1,1 @@
+"""Schedules, plans and traces for people to look at."""
