@@ -50,6 +50,11 @@ class MicrobatchMetadata:
                 f"microbatch: sequence_length={self.sequence_length}, samples={self.samples}; "
                 "both must be >= 1"
             )
+        if self.document_lengths and (self.samples > 1 or min(self.document_lengths) < 1):
+            raise ConfigError(
+                f"microbatch: documents of {self.document_lengths} tokens in {self.samples} "
+                "samples; packed documents stand in one sample, each of at least 1 token"
+            )
         if sum(self.document_lengths) > self.sequence_length:
             raise ConfigError(
                 f"microbatch: documents of {sum(self.document_lengths)} tokens do not fit into "

@@ -11,7 +11,6 @@ import hashlib
 import json
 from typing import Any
 
-from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.json_reader import JsonNode, parse_json
 from megatron_pipeweaver.ir.problem import Microbatch, OpKey, OpKind, Pass, Problem, Strategy
 from megatron_pipeweaver.ir.schedule import Schedule, ScheduledOp
@@ -39,15 +38,13 @@ def to_bytes(value: Any) -> bytes:
 
 def check_format(root: JsonNode, expected: str, keys: set[str]) -> JsonNode:
     """`root`, known to be an object of the `expected` format with exactly these other `keys`."""
-    root.keys(frozenset({"format"}), optional=frozenset(keys) | _any_key(root))
-    found = root["format"].text()
-    if found != expected:
-        root["format"].fail(f"is {found!r}; this reader takes {expected!r}")
+    # The format first: a file of another format should be told so, not which keys it lacks.
+    found = root.get("format")
+    if found is None:
+        root.fail(f"key 'format' is missing; add it ({expected!r})")
+    if found.text() != expected:
+        found.fail(f"is {found.text()!r}; this reader takes {expected!r}")
     return root.keys(frozenset(keys | {"format"}))
-
-
-def _any_key(root: JsonNode) -> frozenset[str]:
-    return frozenset(key for key, _ in root.entries())
 
 
 # --- problem -------------------------------------------------------------------------------------
@@ -64,17 +61,12 @@ def problem_from_json(data: bytes, source: str = "problem") -> Problem:
         PROBLEM_FORMAT,
         {"pipeline_size", "memory_capacity_bytes", "modules", "microbatches"},
     )
-    pipeline_size = root["pipeline_size"].integer()
-    if pipeline_size < 1:
-        root["pipeline_size"].fail("is 0; a pipeline has at least one rank")
+    pipeline_size = root["pipeline_size"].integer(minimum=1)
     capacities = root["memory_capacity_bytes"].array(pipeline_size)
     modules = {
-        name: node.keys(frozenset({"segments"}))["segments"].integer()
+        name: node.keys(frozenset({"segments"}))["segments"].integer(minimum=1)
         for name, node in root["modules"].entries()
     }
-    for name, segments in modules.items():
-        if segments < 1:
-            root["modules"][name]["segments"].fail("is 0; a module has at least one segment")
     microbatches = tuple(
         Microbatch(
             passes=tuple(
@@ -84,15 +76,13 @@ def problem_from_json(data: bytes, source: str = "problem") -> Problem:
         )
         for entry in root["microbatches"].array()
     )
-    try:
-        return Problem(
-            pipeline_size=pipeline_size,
-            memory_capacity_bytes=tuple(node.integer() for node in capacities),
-            modules=modules,
-            microbatches=microbatches,
-        )
-    except ConfigError as error:
-        raise ConfigError(f"{source}: $.microbatches: {error}") from None
+    return root["microbatches"].build(
+        Problem,
+        pipeline_size=pipeline_size,
+        memory_capacity_bytes=tuple(node.integer() for node in capacities),
+        modules=modules,
+        microbatches=microbatches,
+    )
 
 
 def _read_pass(node: JsonNode, pipeline_size: int, modules: dict[str, int]) -> Pass:
@@ -106,26 +96,23 @@ def _read_pass(node: JsonNode, pipeline_size: int, modules: dict[str, int]) -> P
         (name.text(), index.integer())
         for name, index in (entry.array(2) for entry in node["after"].array())
     )
-    try:
-        return Pass(
-            module=module,
-            sub_microbatch=node["sub_microbatch"].integer(),
-            after=after,
-            p2p_latency_ns=node["p2p_latency_ns"].integer(),
-            stages=tuple(_read_stage(stage) for stage in stages),
-            frozen=frozen is not None and frozen.boolean(),
-        )
-    except ConfigError as error:
-        if str(error).startswith("pass "):
-            node.fail(str(error))
-        raise
+    return node.build(
+        Pass,
+        module=module,
+        sub_microbatch=node["sub_microbatch"].integer(),
+        after=after,
+        p2p_latency_ns=node["p2p_latency_ns"].integer(),
+        stages=tuple(_read_stage(stage) for stage in stages),
+        frozen=frozen is not None and frozen.boolean(),
+    )
 
 
 def _read_stage(node: JsonNode) -> tuple[Strategy, ...]:
     candidates = node.keys(frozenset({"strategies"}))["strategies"].array()
     return tuple(
-        Strategy(
-            name=one["name"].text() or one["name"].fail("is empty; name the strategy"),
+        one.build(
+            Strategy,
+            name=one["name"].text(),
             forward_ns=one["forward_ns"].integer(),
             backward_ns=one["backward_ns"].integer(),
             weight_grad_ns=one["weight_grad_ns"].integer(),

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from megatron_pipeweaver.errors import ConfigError
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_LIMIT = 2**63  # whole numbers fit the native core's signed 64 bits
 
 
 def parse_json(data: bytes, source: str) -> JsonNode:
@@ -19,14 +23,16 @@ def parse_json(data: bytes, source: str) -> JsonNode:
         ConfigError: not UTF-8, not JSON, or a key stands twice in one object.
     """
     try:
-        value = json.loads(data, object_pairs_hook=_refuse_duplicate_keys)
+        value = json.loads(data.decode(), object_pairs_hook=_refuse_bad_keys)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: not readable JSON ({error}); write the file again") from None
     return JsonNode(value, source, "$")
 
 
-def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_bad_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
+    for name in result:
+        name.encode()  # a lone surrogate, written as an escape, is no text: it cannot be printed
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
@@ -58,7 +64,9 @@ class JsonNode:
         return self
 
     def __getitem__(self, key: str) -> JsonNode:
-        return JsonNode(self._object()[key], self._source, f"{self._path}.{key}")
+        # A key that is no plain word (and might hold a line break) is quoted.
+        step = f".{key}" if key.isidentifier() else f"[{json.dumps(key)}]"
+        return JsonNode(self._object()[key], self._source, self._path + step)
 
     def get(self, key: str) -> JsonNode | None:
         """The value under `key`, or `None` where the object has no such key."""
@@ -80,19 +88,23 @@ class JsonNode:
             for index, value in enumerate(self._value)
         ]
 
-    def integer(self) -> int:
-        """A whole number >= 0, below 2**63."""
+    def integer(self, minimum: int = 0) -> int:
+        """A whole number of at least `minimum`, below 2**63."""
         value = self._value
         if type(value) is not int:
             self._wrong_type("a whole number")
-        if not 0 <= value < 2**63:
-            self.fail(f"is {value}; it must be at least 0 and below 2**63")
+        if not minimum <= value < _LIMIT:
+            self.fail(f"is {_shown(value)}; it must be at least {minimum} and below 2**63")
         return int(value)
 
     def text(self) -> str:
-        """A string."""
+        """A string of Unicode characters."""
         if not isinstance(self._value, str):
             self._wrong_type("a string")
+        try:
+            self._value.encode()
+        except UnicodeEncodeError:
+            self.fail(f"is {_shown(self._value)}, half of a surrogate pair; write whole characters")
         return str(self._value)
 
     def boolean(self) -> bool:
@@ -101,14 +113,30 @@ class JsonNode:
             self._wrong_type("true or false")
         return bool(self._value)
 
+    def build(self, make: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """What `make` makes of values read from this node; its refusal is told as this node's."""
+        try:
+            return make(*args, **kwargs)
+        except ConfigError as error:
+            self.fail(str(error))
+
     def _object(self) -> dict[str, Any]:
         if not isinstance(self._value, dict):
             self._wrong_type("an object")
         return self._value
 
     def _wrong_type(self, wanted: str) -> NoReturn:
-        shown = json.dumps(self._value)
-        self.fail(f"is {shown if len(shown) <= 40 else shown[:37] + '...'}; it must be {wanted}")
+        self.fail(f"is {_shown(self._value)}; it must be {wanted}")
+
+
+def _shown(value: Any) -> str:
+    """`value` in at most 40 characters of one line."""
+    if isinstance(value, list):
+        return f"an array of {len(value)}"
+    if isinstance(value, dict):
+        return f"an object of {len(value)}"
+    shown = json.dumps(value)
+    return shown if len(shown) <= 40 else shown[:37] + "..."
 
 
 def read_bytes(path: Path) -> bytes:
@@ -122,14 +150,25 @@ def read_bytes(path: Path) -> bytes:
 def write_whole(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that readers see the old file or the new one, never a part.
 
+    Missing folders are made. A symbolic link stays one; a device or a pipe is written into.
+
     Raises:
         ConfigError: the file cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        if path.is_dir():
+            raise ConfigError(f"{path}: is a folder; name a file in it")
+        if path.exists() and not path.is_file():  # /dev/stdout must not be replaced by a file
+            path.write_bytes(data)
+        else:
+            _replace(Path(os.path.realpath(path)), data)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another") from None
+
+
+def _replace(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -137,6 +176,6 @@ def write_whole(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
-    except OSError as error:
-        Path(temporary).unlink()
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+    except BaseException:  # an interrupt, too, must not leave the half-written file behind
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -62,6 +62,9 @@ class ChunkLayout:
     def __post_init__(self) -> None:
         if self.pipeline_size < 1 or not self.modules:
             raise ConfigError("chunk layout: needs at least one rank and one module")
+        names = [one.module for one in self.modules]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"chunk layout: module names repeat: {names}; name each module once")
         for one in self.modules:
             if len(one.layers) != self.pipeline_size * one.segments:
                 raise ConfigError(
@@ -102,6 +105,10 @@ class ChunkLayout:
         before = 0
         for one in self.modules:
             if one.module == module:
+                if not 0 <= stage < len(one.layers):
+                    raise ConfigError(
+                        f"layout of module {module!r}: no stage {stage}; it has {len(one.layers)}"
+                    )
                 return before + stage // self.pipeline_size
             before += one.segments
         raise ConfigError(f"the layout has no module {module!r}")

@@ -66,11 +66,11 @@ def plan_from_json(data: bytes, source: str = "plan") -> Plan:
             "ranks",
         },
     )
-    pipeline_size = root["pipeline_size"].integer()
+    pipeline_size = root["pipeline_size"].integer(minimum=1)
     capacities = root["memory_capacity_bytes"].array(pipeline_size)
     return Plan(
         pipeline_size=pipeline_size,
-        modules={name: node.integer() for name, node in root["modules"].entries()},
+        modules={name: node.integer(minimum=1) for name, node in root["modules"].entries()},
         forward_only=root["forward_only"].boolean(),
         memory_capacity_bytes=tuple(node.integer() for node in capacities),
         makespan_ns=root["makespan_ns"].integer(),
@@ -104,7 +104,8 @@ def _read_pass(node: JsonNode) -> PlanPass:
         stages=stages.integer(),
         after=tuple(_read_key(one) for one in after.array()),
         frozen=frozen.boolean(),
-        payload=PassPayload(
+        payload=items.build(
+            PassPayload,
             item_start=start.integer(),
             item_stop=stop.integer(),
             hidden_shape=_read_shape(hidden),
@@ -174,4 +175,4 @@ def _read_action(node: JsonNode) -> Action:
 
 
 def _read_op(node: JsonNode) -> OpKey:
-    return parse_op(node.text())
+    return node.build(parse_op, node.text())

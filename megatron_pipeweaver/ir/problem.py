@@ -309,11 +309,12 @@ class Problem:
         """The strategy `name` of `op`'s stage pair.
 
         Raises:
-            KeyError: the pass or the strategy is not in the problem.
+            KeyError: the pass, the stage or the strategy is not in the problem.
         """
-        for one in self.microbatches[op.microbatch].passes:
-            if (one.module, one.sub_microbatch) == (op.module, op.sub_microbatch):
-                for strategy in one.stages[op.stage]:
-                    if strategy.name == name:
-                        return strategy
+        if op.owner in self.graph.nodes and 0 <= op.stage < self.graph.nodes[op.owner].stages:
+            for one in self.microbatches[op.microbatch].passes:
+                if (one.module, one.sub_microbatch) == (op.module, op.sub_microbatch):
+                    for strategy in one.stages[op.stage]:
+                        if strategy.name == name:
+                            return strategy
         raise KeyError((op, name))

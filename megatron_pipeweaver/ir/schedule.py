@@ -45,7 +45,7 @@ class Schedule:
 
     def bubble(self) -> float:
         """Idle share of all ranks over the makespan, between 0 and 1."""
-        if self.makespan_ns == 0:
+        if self.makespan_ns == 0 or not self.ranks:
             return 0.0
         busy = sum(op.end_ns - op.start_ns for rank in self.ranks for op in rank)
         return 1.0 - busy / (self.makespan_ns * len(self.ranks))

@@ -1,19 +1,24 @@
 """Op names and grids that people and tests can read: ``vision0.F3``, ``vision0.B3.1``.
 
 The form is ``<module><stage>.<kind><microbatch>[.<sub-microbatch>]``; sub-microbatch 0 is left
-out. A module whose name ends in a digit is set off from its stage by a colon (``clip2:0.F3``).
+out. A module whose name ends in a digit or a colon is set off from its stage by a colon
+(``clip2:0.F3``); white space and ``%`` in a name are written as in URLs (``%20``), so that every
+op is one word of a grid.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from urllib.parse import quote, unquote
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.problem import OpKey, OpKind
 
 _OP = re.compile(
-    r"(?P<module>.+?):?(?P<stage>\d+)\.(?P<kind>[FBW])(?P<microbatch>\d+)(?:\.(?P<sub>\d+))?"
+    r"(?P<module>.+?):?(?P<stage>\d{1,18})\.(?P<kind>[FBW])(?P<microbatch>\d{1,18})"
+    r"(?:\.(?P<sub>\d{1,18}))?",
+    re.ASCII,
 )
 
 
@@ -24,7 +29,8 @@ def format_op(op: OpKey) -> str:
 
 def format_stage(module: str, stage: int) -> str:
     """``vision0``: a stage of a module."""
-    return f"{module}{':' if module[-1].isdigit() else ''}{stage}"
+    word = re.sub(r"[\s%]", lambda found: quote(found[0]), module)
+    return f"{word}{':' if word[-1].isdigit() or word[-1] == ':' else ''}{stage}"
 
 
 def format_share(op: OpKey) -> str:
@@ -44,7 +50,7 @@ def parse_op(text: str) -> OpKey:
     return OpKey(
         OpKind(match["kind"]),
         int(match["microbatch"]),
-        match["module"],
+        unquote(match["module"]),
         int(match["sub"] or 0),
         int(match["stage"]),
     )
