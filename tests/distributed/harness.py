@@ -83,6 +83,17 @@ class Outcome:
         return f"--- rank {self.rank} after {self.seconds:.1f} s {state}\n{self.trace}{tail}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    function: Callable[..., Any]
+    rank: int
+    size: int
+    args: tuple[Any, ...]
+    directory: Path
+    settings: Mapping[str, str]
+    initialise: bool
+
+
 @dataclass(slots=True)
 class _Rank:
     process: BaseProcess
@@ -147,8 +158,16 @@ def outcomes_of_ranks(
         started = time.monotonic()
         for rank in range(size):
             note = context.Array(ctypes.c_char, _NOTE_BYTES, lock=False)
-            job = (function, rank, size, args, directory, note, settings, initialise)
-            process = context.Process(target=_rank_main, args=job, daemon=True)
+            job = _Job(
+                function=function,
+                rank=rank,
+                size=size,
+                args=args,
+                directory=directory,
+                settings=settings,
+                initialise=initialise,
+            )
+            process = context.Process(target=_rank_main, args=(job, note), daemon=True)
             process.start()
             ranks.append(_Rank(process=process, note=note))
         _wait(ranks, started, deadline_s, grace_s)
@@ -206,46 +225,36 @@ def _outcome(rank: int, one: _Rank, directory: Path, started: float) -> Outcome:
     )
 
 
-def _rank_main(
-    function: Callable[..., Any],
-    rank: int,
-    size: int,
-    args: tuple[Any, ...],
-    directory: Path,
-    note: Any,
-    settings: Mapping[str, str],
-    initialise: bool,
-) -> None:
+def _rank_main(job: _Job, note: Any) -> None:
     """The life of one rank's process; ends with `os._exit` so that no group is torn down."""
-    log = os.open(directory / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT)
+    log = os.open(job.directory / f"rank{job.rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     os.environ.clear()
-    os.environ.update(settings)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(job.settings)
+    os.environ.update(RANK=str(job.rank), LOCAL_RANK=str(job.rank), WORLD_SIZE=str(job.size))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     faulthandler.register(signal.SIGUSR1, all_threads=True)
 
     def write_note(text: str) -> None:
         note.value = text.encode()[: _NOTE_BYTES - 1]
 
-    context = RankContext(rank=rank, size=size, directory=directory, note=write_note)
-    code = 0
+    context = RankContext(rank=job.rank, size=job.size, directory=job.directory, note=write_note)
+    result: tuple[Any, BaseException | None, str]
     try:
-        if initialise:
+        if job.initialise:
             _initialise(context)
-        result = (function(context, *args), None, "")
+        result = (job.function(context, *job.args), None, "")
     except BaseException as error:
-        code = 1
         result = (None, _pickleable(error), traceback.format_exc())
-    scratch = directory / f"rank{rank}.part"
+    scratch = job.directory / f"rank{job.rank}.part"
     scratch.write_bytes(pickle.dumps(result))
-    scratch.rename(directory / f"rank{rank}.result")
+    scratch.rename(job.directory / f"rank{job.rank}.result")
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == 0 and initialise:
+    if result[1] is None and job.initialise:
         _leave(context)
-    os._exit(code)
+    os._exit(int(result[1] is not None))
 
 
 def _initialise(context: RankContext) -> None:

@@ -49,5 +49,5 @@ def test_a_raising_rank_and_a_hanging_one_are_told_apart() -> None:
 
 
 def test_a_dead_rank_is_reported() -> None:
-    with pytest.raises(RanksFailedError, match="rank 1 .* died with exit code 7"):
+    with pytest.raises(RanksFailedError, match=r"rank 1 .* died with exit code 7"):
         run_on_ranks(_one_dies, 2, initialise=False)
