@@ -1,0 +1,132 @@
+"""From what a batch holds to a verified plan: the whole left half of the house in one function.
+
+Pure: the same metadata, settings and clock give the same plan. Where it runs (in the training
+process, in one of its own) is not its business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_pipeweaver.compiler.check import check_schedule
+from megatron_pipeweaver.compiler.lowering import compile_plan
+from megatron_pipeweaver.compiler.verify import verify
+from megatron_pipeweaver.config import SearchConfig
+from megatron_pipeweaver.ir.batch import BatchMetadata
+from megatron_pipeweaver.ir.layout import ChunkLayout
+from megatron_pipeweaver.ir.lmm import ModelSpec
+from megatron_pipeweaver.ir.plan import VerifiedPlan
+from megatron_pipeweaver.ir.problem import Problem
+from megatron_pipeweaver.ir.schedule import Schedule
+from megatron_pipeweaver.partition.workload import make_workload
+from megatron_pipeweaver.search.anytime import solve
+from megatron_pipeweaver.semu.interface import CostModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedIteration:
+    """A verified plan and where it comes from.
+
+    `baselines` maps the name of a static schedule to its emulated makespan (ns) on the same
+    problem; `search_ns` is the wall-clock time from metadata to plan.
+    """
+
+    plan: VerifiedPlan
+    problem: Problem
+    schedule: Schedule
+    baselines: Mapping[str, int]
+    search_ns: int
+
+
+class Planner:
+    """Plans one pipeline's iterations.
+
+    Args:
+        model: the model's modules.
+        layout: where their layers live.
+        costs: SEMU's answer to "how long, how much memory" for a stage under a load.
+        sub_microbatch: items per sub-microbatch (the paper's B_i), by module.
+        memory_capacity_bytes: what each pipeline rank has for activations.
+        dtypes: element type of the tensors that leave a module's stages, by module.
+        search: how long and how hard to search.
+        clock: monotonic nanoseconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelSpec,
+        layout: ChunkLayout,
+        costs: CostModel,
+        sub_microbatch: Mapping[str, int],
+        memory_capacity_bytes: Sequence[int],
+        dtypes: Mapping[str, str],
+        search: SearchConfig,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.model = model
+        self.layout = layout
+        self._costs = costs
+        self._sub_microbatch = dict(sub_microbatch)
+        self._memory_capacity_bytes = tuple(memory_capacity_bytes)
+        self._dtypes = dict(dtypes)
+        self._search = search
+        self._clock = clock
+
+    def plan(self, batch: BatchMetadata, *, forward_only: bool = False) -> PlannedIteration:
+        """The best plan found for `batch` within the search budget.
+
+        Args:
+            batch: what this pipeline's microbatches hold.
+            forward_only: plan an evaluation step, without any backward.
+
+        Raises:
+            ConfigError: the batch does not fit the model (an unknown module, say).
+            InfeasibleError: a microbatch alone does not fit into a rank's memory.
+        """
+        start_ns = self._clock()
+        workload = make_workload(
+            batch,
+            self.model,
+            self.layout,
+            self._sub_microbatch,
+            self._costs,
+            self._memory_capacity_bytes,
+            forward_only=forward_only,
+        )
+        result = solve(workload.problem, self._search)
+        check_schedule(workload.problem, result.schedule)
+        plan = compile_plan(
+            workload.problem,
+            result.schedule,
+            workload.payloads,
+            self._dtypes,
+            forward_only=forward_only,
+        )
+        return PlannedIteration(
+            plan=verify(plan),
+            problem=workload.problem,
+            schedule=result.schedule,
+            baselines=result.baselines,
+            search_ns=self._clock() - start_ns,
+        )
+
+
+def batch_digest(batch: BatchMetadata) -> str:
+    """A digest that two ranks share exactly when they hold equal metadata."""
+    rows = [
+        (
+            one.sequence_length,
+            one.samples,
+            [
+                (name, [(item.units, item.tokens) for item in one.items[name]])
+                for name in sorted(one.items)
+            ],
+            one.document_lengths,
+        )
+        for one in batch.microbatches
+    ]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()

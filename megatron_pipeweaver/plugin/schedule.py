@@ -1,0 +1,307 @@
+"""The function that stands where Megatron's schedules stood: plan, agree, run, finish gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
+
+from megatron_pipeweaver.errors import PlanMismatchError, UnsupportedMegatronError
+from megatron_pipeweaver.ir.batch import BatchMetadata
+from megatron_pipeweaver.ir.layout import ChunkLayout
+from megatron_pipeweaver.ir.trace import Trace
+from megatron_pipeweaver.planner.planner import PlannedIteration, Planner, batch_digest
+from megatron_pipeweaver.planner.wire import ReceivedPlan, decode, encode, encode_failure
+from megatron_pipeweaver.plugin import compat
+from megatron_pipeweaver.plugin.communicators import Communicators, connect
+from megatron_pipeweaver.plugin.data import (
+    DataIterator,
+    DescribeMicrobatch,
+    describe_batch,
+    pull_microbatches,
+)
+from megatron_pipeweaver.plugin.stages import MegatronStages, StepContext
+from megatron_pipeweaver.runtime.agreement import agree, broadcast_bytes
+from megatron_pipeweaver.runtime.executor import Executor
+from megatron_pipeweaver.runtime.recorder import Recorder
+
+_log = logging.getLogger(__name__)
+
+UNSUPPORTED_OPTIONS: Mapping[str, str] = {
+    "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
+    "hybrid_context_parallel": "--hybrid-context-parallel",
+    "defer_embedding_wgrad_compute": "--defer-embedding-wgrad-compute",
+    "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
+}
+"""Megatron options that assume an order of microbatches, by `TransformerConfig` field."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IterationReport:
+    """What is known of an iteration when it has run.
+
+    `planned` is there on the planning rank only; `batch` on ranks that load data. `measured_ns`
+    is this rank's wall-clock time from the first to the last action, `trace` the whole pipeline's
+    where traces are gathered.
+    """
+
+    iteration: int
+    forward_only: bool
+    received: ReceivedPlan
+    planned: PlannedIteration | None
+    batch: BatchMetadata | None
+    measured_ns: int
+    trace: Trace | None
+
+
+class PipeWeaverSchedule:
+    """Megatron's forward-backward function for models made of PipeWeaver's chunks.
+
+    Args:
+        planner: makes the plan, on one rank of each replica.
+        describe: reads a microbatch's metadata.
+        gather_traces: collect every iteration's trace from all ranks of the pipeline.
+        on_iteration: told of every iteration when it has run, on every rank.
+        wait_timeout: how long a wait for another rank may last before it ends with an error.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        describe: DescribeMicrobatch,
+        *,
+        gather_traces: bool = False,
+        on_iteration: Callable[[IterationReport], None] | None = None,
+        wait_timeout: timedelta = timedelta(minutes=10),
+    ) -> None:
+        self._planner = planner
+        self._describe = describe
+        self._gather_traces = gather_traces
+        self._on_iteration = on_iteration
+        self._wait_timeout = wait_timeout
+        self._communicators: Communicators | None = None
+        self._iteration = 0
+
+    @property
+    def layout(self) -> ChunkLayout:
+        """Where the layers live that this schedule runs."""
+        return self._planner.layout
+
+    def owns(self, model: torch.nn.Module | Sequence[torch.nn.Module]) -> bool:
+        """Whether `model` is made of PipeWeaver's chunks."""
+        chunks = model if isinstance(model, Sequence) else [model]
+        return all(_has_place(chunk) for chunk in chunks)
+
+    def __call__(
+        self,
+        *,
+        forward_step_func: Callable[..., Any],
+        data_iterator: DataIterator,
+        model: torch.nn.Module | Sequence[torch.nn.Module],
+        num_microbatches: int,
+        seq_length: int,
+        micro_batch_size: int,
+        decoder_seq_length: int | None = None,
+        forward_only: bool = False,
+        collect_non_loss_data: bool = False,
+        first_val_step: bool | None = None,
+        adjust_tensor_shapes_fn: Callable[..., Any] | None = None,
+        p2p_communicator: Any = None,
+        pg_collection: Any = None,
+        force_all_reduce: bool | None = False,
+    ) -> list[Any]:
+        """One iteration: forward and backward of all microbatches, gradients finalised.
+
+        Takes Megatron's arguments; shapes come from the batch's metadata, transfers have their
+        own communicators, so `seq_length`, `micro_batch_size`, `decoder_seq_length` and
+        `p2p_communicator` are not needed.
+
+        Returns:
+            What the loss function reported, by microbatch, on the last stage; elsewhere ``[]``.
+        """
+        del seq_length, micro_batch_size, decoder_seq_length, p2p_communicator
+        chunks = list(model) if isinstance(model, Sequence) else [model]
+        config = get_model_config(chunks[0])
+        refuse_unsupported(config, adjust_tensor_shapes_fn)
+        groups = pg_collection or compat.default_pg_collection()
+        if self._communicators is None:
+            self._communicators = connect(groups.pp, self._wait_timeout)
+        with _timed(config):
+            microbatches = pull_microbatches(data_iterator, num_microbatches)
+            batch = describe_batch(microbatches, self._describe)
+            received, planned = self._plan_for(batch, forward_only, self._communicators)
+            context = StepContext(
+                forward_step_func=forward_step_func,
+                model=chunks,
+                microbatches=microbatches,
+                config=config,
+                context_parallel_size=groups.cp.size(),
+                forward_only=forward_only,
+                collect_non_loss_data=collect_non_loss_data,
+                first_val_step=first_val_step,
+            )
+            stages = MegatronStages(context, self.layout, received.plan.plan)
+            recorder = Recorder(self._iteration, received.plan.fingerprint)
+            start_ns = time.perf_counter_ns()
+            with _no_gradient_sync(config):
+                Executor(
+                    self._communicators.pipeline_rank,
+                    stages,
+                    self._communicators.transport,
+                    recorder,
+                ).run(received.plan)
+            measured_ns = time.perf_counter_ns() - start_ns
+            if not forward_only:
+                finish_gradients(chunks, config, stages.num_tokens, groups, force_all_reduce)
+        self._report(received, planned, batch, forward_only, measured_ns, recorder)
+        return stages.losses()
+
+    def _plan_for(
+        self, batch: BatchMetadata | None, forward_only: bool, ranks: Communicators
+    ) -> tuple[ReceivedPlan, PlannedIteration | None]:
+        """The plan for exactly this batch, equal on every rank that runs it."""
+        planned = None
+        message = None
+        if torch.distributed.get_rank() == ranks.planning_rank:
+            planned, message = self._make_plan(batch, forward_only)
+        received = decode(broadcast_bytes(message, ranks.control, ranks.planning_rank))
+        agree(received.plan.fingerprint, ranks.control)
+        mine = received.batch_digest if batch is None else batch_digest(batch)
+        try:
+            agree(mine, ranks.control)
+        except PlanMismatchError as error:
+            raise PlanMismatchError(
+                f"the batch does not match its plan: {error}; every rank of a replica must load "
+                "the same microbatches"
+            ) from None
+        return received, planned
+
+    def _make_plan(
+        self, batch: BatchMetadata | None, forward_only: bool
+    ) -> tuple[PlannedIteration | None, bytes]:
+        """The plan and its bytes, or the reason why there is none.
+
+        Whatever goes wrong here, the ranks that wait must hear of it, so nothing may escape.
+        """
+        try:
+            if batch is None:
+                raise PlanMismatchError(
+                    "the planning rank loads no data; give the first pipeline rank a data iterator"
+                )
+            planned = self._planner.plan(batch, forward_only=forward_only)
+        except Exception as error:
+            _log.debug("planning failed", exc_info=True)
+            return None, encode_failure(error)
+        return planned, encode(planned, batch_digest(batch))
+
+    def _report(
+        self,
+        received: ReceivedPlan,
+        planned: PlannedIteration | None,
+        batch: BatchMetadata | None,
+        forward_only: bool,
+        measured_ns: int,
+        recorder: Recorder,
+    ) -> None:
+        trace = None
+        if self._gather_traces and self._communicators is not None:
+            trace = recorder.gather_trace(self._communicators.control)
+        if self._on_iteration is not None:
+            self._on_iteration(
+                IterationReport(
+                    iteration=self._iteration,
+                    forward_only=forward_only,
+                    received=received,
+                    planned=planned,
+                    batch=batch,
+                    measured_ns=measured_ns,
+                    trace=trace,
+                )
+            )
+        self._iteration += 1
+
+
+def refuse_unsupported(config: Any, adjust_tensor_shapes_fn: Any) -> None:
+    """Refuse, by name, Megatron options that assume Megatron's own schedules.
+
+    Raises:
+        UnsupportedMegatronError: one of them is on.
+    """
+    for field, flag in UNSUPPORTED_OPTIONS.items():
+        if getattr(config, field, False):
+            raise UnsupportedMegatronError(
+                f"{flag}: PipeWeaver orders the microbatches itself; leave the flag out"
+            )
+    if getattr(config, "cuda_graph_impl", "none") not in (None, "none"):
+        raise UnsupportedMegatronError(
+            f"--cuda-graph-impl {config.cuda_graph_impl}: every iteration has another schedule, "
+            "which a graph cannot replay; leave the flag out"
+        )
+    if adjust_tensor_shapes_fn is not None:
+        raise UnsupportedMegatronError(
+            "adjust_tensor_shapes_fn: plans know every shape from the batch's metadata; "
+            "call without it"
+        )
+
+
+def finish_gradients(
+    chunks: Sequence[torch.nn.Module],
+    config: Any,
+    num_tokens: torch.Tensor,
+    groups: Any,
+    force_all_reduce: bool | None,
+) -> None:
+    """Reduce gradients over replicas and finalise them, zero-work chunks included.
+
+    Collectives start in the order of the chunk list on every replica, whatever its schedule was.
+    """
+    if config.finalize_model_grads_func is None:
+        return
+    for chunk in chunks:
+        if getattr(getattr(chunk, "ddp_config", None), "overlap_grad_reduce", False):
+            chunk.start_grad_sync()
+    config.finalize_model_grads_func(
+        compat.finalize_order(chunks),
+        num_tokens if config.calculate_per_token_loss else None,
+        pg_collection=groups,
+        force_all_reduce=force_all_reduce,
+    )
+
+
+@contextlib.contextmanager
+def _timed(config: Any) -> Any:
+    """Megatron's ``forward-backward`` timer around the iteration."""
+    if config.timers is not None:
+        config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
+    yield
+    if config.timers is not None:
+        config.timers("forward-backward").stop()
+
+
+@contextlib.contextmanager
+def _no_gradient_sync(config: Any) -> Any:
+    """Every chunk's ``no_sync``, so that no backward hook starts a collective of its own."""
+    functions = config.no_sync_func
+    if functions is None:
+        functions = []
+    elif not isinstance(functions, list):
+        functions = [functions]
+    with contextlib.ExitStack() as stack:
+        for function in functions:
+            stack.enter_context(function())
+        yield
+
+
+def _has_place(model: torch.nn.Module) -> bool:
+    try:
+        get_attr_wrapped_model(model, "place")
+    except RuntimeError:
+        return False
+    return True

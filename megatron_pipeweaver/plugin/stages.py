@@ -1,0 +1,164 @@
+"""PipeWeaver's stages as Megatron runs them: its forward step, its backward step, its loss rules.
+
+The executor hands over what arrived; everything Megatron does around a step (autocast, dividing
+the loss, loss scaling, deallocating outputs) stays Megatron's own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from megatron_pipeweaver.ir.layout import ChunkLayout
+from megatron_pipeweaver.ir.plan import Plan, PlanPass
+from megatron_pipeweaver.ir.problem import OpKey, PassKey
+from megatron_pipeweaver.models.chunk import ModelChunk
+from megatron_pipeweaver.plugin import compat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContext:
+    """What Megatron's schedule function was called with, as far as single steps need it."""
+
+    forward_step_func: Callable[..., Any]
+    model: Sequence[torch.nn.Module]
+    microbatches: Sequence[Mapping[str, Any] | None]
+    config: Any
+    context_parallel_size: int
+    forward_only: bool
+    collect_non_loss_data: bool
+    first_val_step: bool | None
+
+
+def unwrap(model: torch.nn.Module) -> ModelChunk:
+    """The PipeWeaver chunk inside Megatron's wrappers (DDP, Float16Module)."""
+    chunk = get_attr_wrapped_model(model, "place", return_model_obj=True)
+    assert isinstance(chunk, ModelChunk)
+    return chunk
+
+
+class MegatronStages:
+    """The stages of one rank in one iteration; a `StageRunner` for the executor."""
+
+    def __init__(self, context: StepContext, layout: ChunkLayout, plan: Plan) -> None:
+        self._context = context
+        self._layout = layout
+        self._frozen = frozenset(one.key for one in plan.passes if one.frozen)
+        self._chunks = [unwrap(one) for one in context.model]
+        self._alive: dict[tuple[PassKey, int], tuple[tuple[Tensor, ...], Tensor]] = {}
+        self._outcomes: dict[int, list[Any]] = {}
+        self._started: set[int] = set()
+        self.num_tokens = torch.zeros([], dtype=torch.int, device=torch.cuda.current_device())
+
+    def forward(
+        self, one: PlanPass, op: OpKey, strategy: str, inputs: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Run the forward of `op` on what arrived from its producers.
+
+        Returns:
+            The output, cut off from the autograd graph, which is kept for the backward.
+        """
+        context = self._context
+        virtual_stage = self._layout.virtual_stage(op.module, op.stage)
+        chunk = self._chunks[virtual_stage]
+        chunk.set_pass(one)
+        chunk.set_strategy(strategy)
+        trained = not (one.frozen or context.forward_only)
+        if trained:
+            inputs = self._as_leaves(one, op, inputs)
+        outcomes: list[Any] = []
+        with torch.set_grad_enabled(trained):
+            output, num_tokens = compat.forward_step(
+                context.forward_step_func,
+                iter([context.microbatches[op.microbatch]]),
+                context.model[virtual_stage],
+                len(context.microbatches),
+                list(inputs) or [None],
+                outcomes,
+                context.config,
+                context.context_parallel_size,
+                collect_non_loss_data=context.collect_non_loss_data,
+                is_first_microbatch=self._is_first_use(virtual_stage),
+                current_microbatch=op.microbatch,
+                vp_stage=chunk.vp_stage,
+                is_last_stage=self._makes_loss(op),
+            )
+        self.num_tokens += num_tokens
+        if outcomes:
+            self._outcomes.setdefault(op.microbatch, []).extend(outcomes)
+        handed_on: Tensor = output[0]
+        if trained:
+            graph_end, handed_on = handed_on, handed_on.detach()
+            self._alive[op.owner, op.stage] = (inputs, graph_end)
+            compat.deallocate_output_tensor(
+                graph_end, context.config.deallocate_pipeline_outputs and not self._makes_loss(op)
+            )
+        return handed_on
+
+    def backward(
+        self, one: PlanPass, op: OpKey, strategy: str, output_grads: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Run the backward of `op`.
+
+        Args:
+            one: the pass of `op`.
+            op: which backward.
+            strategy: the strategy its forward ran under.
+            output_grads: one gradient per consumer, none where this stage makes the loss.
+
+        Returns:
+            The gradients of the inputs, in the order of the producers; `None` for a producer
+            that is frozen.
+        """
+        del strategy  # it was baked into the graph by the forward
+        inputs, output = self._alive.pop((op.owner, op.stage))
+        if not output_grads and not self._makes_loss(op):
+            # Every consumer is frozen: nothing flows back, the parameters keep zero gradients.
+            return tuple(torch.zeros_like(one) for one in inputs)
+        output_grad = sum_in_order(output_grads)
+        tracked = [each for each in inputs if each.requires_grad]
+        compat.backward_step(tracked or [None], output, output_grad, self._context.config)
+        return tuple(each.grad if each.requires_grad else None for each in inputs)
+
+    def weight_grad(self, one: PlanPass, op: OpKey) -> None:
+        """Split weight gradients are not run by Megatron's layers yet."""
+        raise NotImplementedError(f"{op}: split weight gradients; plan without them")
+
+    def losses(self) -> list[Any]:
+        """What the loss function reported, by microbatch whatever the schedule was."""
+        return [each for index in sorted(self._outcomes) for each in self._outcomes[index]]
+
+    def _as_leaves(
+        self, one: PlanPass, op: OpKey, inputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """`inputs` as leaves of this stage's graph; what a frozen producer made needs no gradient."""
+        producers = one.after if op.stage == 0 else (op.owner,)
+        return tuple(
+            each.detach().requires_grad_(producer not in self._frozen)
+            for producer, each in zip(producers, inputs, strict=True)
+        )
+
+    def _makes_loss(self, op: OpKey) -> bool:
+        layout = self._layout.modules[-1]
+        return op.module == layout.module and op.stage == len(layout.layers) - 1
+
+    def _is_first_use(self, virtual_stage: int) -> bool:
+        first = virtual_stage not in self._started
+        self._started.add(virtual_stage)
+        context = self._context
+        if context.first_val_step is not None and context.forward_only:
+            return first and context.first_val_step
+        return first
+
+
+def sum_in_order(grads: Sequence[Tensor]) -> Tensor | None:
+    """The sum of `grads`, added from left to right; `None` where there is none."""
+    total: Tensor | None = None
+    for grad in grads:
+        total = grad if total is None else total + grad
+    return total
