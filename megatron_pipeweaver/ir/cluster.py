@@ -34,6 +34,8 @@ class DeviceSpec:
         ):
             if getattr(self, what) < 1:
                 raise ConfigError(f"device {self.name!r}: {what} must be >= 1")
+        if self.link_latency_ns < 0:
+            raise ConfigError(f"device {self.name!r}: link_latency_ns must be >= 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,7 +60,7 @@ def format_grid(rows: Sequence[Sequence[str]]) -> str:
     """One line per rank: ``rank 0 | a b c``, cells padded to a common width per column."""
     width = max((len(cell) for row in rows for cell in row), default=0)
     return "\n".join(
-        f"rank {rank} | " + " ".join(cell.ljust(width) for cell in row).rstrip()
+        (f"rank {rank} | " + " ".join(cell.ljust(width) for cell in row)).rstrip()
         for rank, row in enumerate(rows)
     )
 

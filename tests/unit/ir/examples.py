@@ -73,7 +73,5 @@ def trace() -> Trace:
         peer=1,
         size_bytes=64,
     )
-    run = TraceRow(
-        kind=TraceKind.COMPUTE, key=op("F", 0), strategy="keep", start_ns=0, end_ns=10
-    )
+    run = TraceRow(kind=TraceKind.COMPUTE, key=op("F", 0), strategy="keep", start_ns=0, end_ns=10)
     return Trace(iteration=3, plan_sha256="ab", hosts=("a", "b"), ranks=((run, send), ()))
