@@ -1,0 +1,158 @@
+"""Device profiles: data-sheet rates plus efficiency factors, read from JSON files.
+
+The package ships ``H100``, ``H800``, ``H200``, ``H20``, ``A100``, ``B200`` and ``cpu``; a path to
+a file of the same form (``pipeweaver.device/1``) serves as well as a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.ir.cluster import DeviceSpec
+from megatron_pipeweaver.ir.codec import check_format, to_bytes
+from megatron_pipeweaver.ir.json_reader import JsonNode, parse_json
+from megatron_pipeweaver.semu.work import OperatorClass
+
+DEVICE_FORMAT = "pipeweaver.device/1"
+_SPEC_KEYS = (
+    "flops",
+    "memory_bytes",
+    "memory_bandwidth",
+    "scale_up_bandwidth",
+    "scale_out_bandwidth",
+    "host_bandwidth",
+    "link_latency_ns",
+)
+_FACTOR_KEYS = ("compute_permille", "memory_permille", "network_permille", "overhead_ns")
+_HALF_KEY = "half_sizes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factors:
+    """How much of the data sheet an operator class reaches, in thousandths, and its launch cost.
+
+    `half_sizes` are the sizes ``(m, n, k)`` at which a matmul reaches half of its rate because of
+    that size alone.
+    """
+
+    compute_permille: int = 1000
+    memory_permille: int = 1000
+    network_permille: int = 1000
+    overhead_ns: int = 0
+    half_sizes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for what in ("compute_permille", "memory_permille", "network_permille"):
+            if getattr(self, what) < 1:
+                raise ConfigError(f"device factors: {what} is {getattr(self, what)}; need >= 1")
+        if self.overhead_ns < 0 or any(size < 0 for size in self.half_sizes):
+            raise ConfigError("device factors: overhead_ns and half_sizes must be >= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceProfile:
+    """A device with its factors by operator class; classes that are not named reach all of it.
+
+    `scale_up_ranks` is how many ranks share the fast link; `source` says where numbers are from.
+    """
+
+    spec: DeviceSpec
+    factors: Mapping[OperatorClass, Factors] = field(default_factory=dict)
+    scale_up_ranks: int = 8
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.scale_up_ranks < 1:
+            raise ConfigError(f"device {self.spec.name!r}: scale_up_ranks must be >= 1")
+
+    def factors_of(self, kind: OperatorClass) -> Factors:
+        """The factors of one operator class."""
+        return self.factors.get(kind, _PERFECT)
+
+
+_PERFECT = Factors()
+
+
+def profile_from_json(data: bytes, source: str) -> DeviceProfile:
+    """The profile in the file bytes `data`.
+
+    Raises:
+        ConfigError: the bytes are not a valid `pipeweaver.device/1`.
+    """
+    root = check_format(
+        parse_json(data, source),
+        DEVICE_FORMAT,
+        {"name", "source", "scale_up_ranks", "spec", "factors"},
+    )
+    spec = root["spec"].keys(frozenset(_SPEC_KEYS))
+    factors: dict[OperatorClass, Factors] = {}
+    for name, node in root["factors"].entries():
+        if name not in {one.value for one in OperatorClass}:
+            node.fail(f"is no operator class; use one of {[one.value for one in OperatorClass]}")
+        factors[OperatorClass(name)] = _read_factors(node)
+    return DeviceProfile(
+        spec=DeviceSpec(
+            name=root["name"].text(), **{key: spec[key].integer() for key in _SPEC_KEYS}
+        ),
+        factors=factors,
+        scale_up_ranks=root["scale_up_ranks"].integer(),
+        source=root["source"].text(),
+    )
+
+
+def _read_factors(node: JsonNode) -> Factors:
+    node.keys(frozenset(), optional=frozenset({*_FACTOR_KEYS, _HALF_KEY}))
+    numbers = {key: found.integer() for key in _FACTOR_KEYS if (found := node.get(key)) is not None}
+    halves = node.get(_HALF_KEY)
+    sizes = () if halves is None else tuple(one.integer() for one in halves.array(3))
+    return Factors(**numbers, half_sizes=sizes)
+
+
+def profile_to_json(profile: DeviceProfile) -> bytes:
+    """`profile` as file bytes."""
+    return to_bytes(
+        {
+            "format": DEVICE_FORMAT,
+            "name": profile.spec.name,
+            "source": profile.source,
+            "scale_up_ranks": profile.scale_up_ranks,
+            "spec": {key: getattr(profile.spec, key) for key in _SPEC_KEYS},
+            "factors": {
+                kind.value: {
+                    **{key: getattr(one, key) for key in _FACTOR_KEYS},
+                    **({_HALF_KEY: list(one.half_sizes)} if one.half_sizes else {}),
+                }
+                for kind, one in profile.factors.items()
+            },
+        }
+    )
+
+
+def shipped_devices() -> tuple[str, ...]:
+    """Names of the profiles that come with the package."""
+    folder = resources.files("megatron_pipeweaver.semu") / "data"
+    return tuple(sorted(one.name[:-5] for one in folder.iterdir() if one.name.endswith(".json")))
+
+
+def load_device(name_or_path: str) -> DeviceProfile:
+    """A shipped profile by name, or any by the path of its file.
+
+    Raises:
+        ConfigError: there is neither such a name nor such a file, or the file is not valid.
+    """
+    names = {name.lower(): name for name in shipped_devices()}
+    if name_or_path.lower() in names:
+        file = f"{names[name_or_path.lower()]}.json"
+        data = (resources.files("megatron_pipeweaver.semu") / "data" / file).read_bytes()
+        return profile_from_json(data, file)
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise ConfigError(
+            f"device {name_or_path!r}: no such file, and the shipped profiles are "
+            f"{list(shipped_devices())}"
+        )
+    return profile_from_json(path.read_bytes(), str(path))

@@ -1,0 +1,328 @@
+"""Operators with their exact matrix FLOPs and bytes: forward, input and weight gradient apart.
+
+Only matrix products count as FLOPs, as in a model's MFU; norms, activations and sums are bound by
+the bytes they move. A `Sketch` collects operators and tensors into a `Subgraph`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_pipeweaver.semu.interface import Load
+from megatron_pipeweaver.semu.options import Attention, RunOptions
+from megatron_pipeweaver.semu.work import (
+    NO_WORK,
+    Operator,
+    OperatorClass,
+    Queue,
+    Subgraph,
+    Tensor,
+    Work,
+)
+
+STATISTIC_BYTES = 4
+"""Row statistics (mean, inverse deviation, log-sum-exp) are kept in single precision."""
+
+
+@dataclass(slots=True)
+class Sketch:
+    """A subgraph in the making: tensors are named by strings, operators stand in order."""
+
+    name: str
+    options: RunOptions
+    operators: list[Operator] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+
+    def tensor(
+        self, name: str, elements: int, element_bytes: int | None = None, parameter: bool = False
+    ) -> str:
+        """Add a tensor; returns its name."""
+        size = element_bytes or self.options.element_bytes
+        self.tensors.append(
+            Tensor(name=name, elements=elements, element_bytes=size, parameter=parameter)
+        )
+        return name
+
+    def elements(self, name: str) -> int:
+        """How many elements the tensor called `name` has."""
+        return next(one.elements for one in self.tensors if one.name == name)
+
+    def bytes_of(self, *names: str) -> int:
+        """Bytes of the tensors called `names`, together."""
+        return sum(one.size_bytes for one in self.tensors if one.name in names)
+
+    def finish(self) -> Subgraph:
+        """The subgraph."""
+        return Subgraph(
+            name=self.name, operators=tuple(self.operators), tensors=tuple(self.tensors)
+        )
+
+
+def linear(
+    sketch: Sketch,
+    name: str,
+    source: str,
+    *,
+    rows: int,
+    width_in: int,
+    width_out: int,
+    bias: bool,
+    needs_input_grad: bool = True,
+    keeps: str | None = None,
+) -> str:
+    """``[rows, width_in] x [width_in, width_out]``; keeps its input, or the tensor `keeps`."""
+    weight = sketch.tensor(f"{name}.weight", width_in * width_out, parameter=True)
+    parameters: tuple[str, ...] = (weight,)
+    if bias:
+        parameters += (sketch.tensor(f"{name}.bias", width_out, parameter=True),)
+    output = sketch.tensor(f"{name}.out", rows * width_out)
+    flops = 2 * rows * width_in * width_out
+    size = sketch.options.element_bytes
+    moved = size * (rows * width_in + width_in * width_out + rows * width_out)
+    accumulated = 2 * sketch.options.gradient_bytes * width_in * width_out
+    sketch.operators.append(
+        Operator(
+            name=name,
+            kind=OperatorClass.MATMUL,
+            inputs=(source, *parameters),
+            outputs=(output,),
+            saves=(keeps or source, weight),
+            forward=Work(flops=flops, memory_bytes=moved, shape=(rows, width_out, width_in)),
+            input_grad=(
+                Work(flops=flops, memory_bytes=moved, shape=(rows, width_in, width_out))
+                if needs_input_grad
+                else NO_WORK
+            ),
+            weight_grad=Work(
+                flops=flops,
+                memory_bytes=size * rows * (width_in + width_out) + accumulated,
+                shape=(width_out, width_in, rows),
+            ),
+        )
+    )
+    return output
+
+
+def norm(sketch: Sketch, name: str, source: str, rows: int, width: int, *, rms: bool) -> str:
+    """Layer norm or RMS norm over `width`; keeps its input and one or two numbers per row."""
+    parameters = [sketch.tensor(f"{name}.weight", width, parameter=True)]
+    statistics = rows
+    if not rms:
+        parameters.append(sketch.tensor(f"{name}.bias", width, parameter=True))
+        statistics *= 2
+    kept = sketch.tensor(f"{name}.statistics", statistics, STATISTIC_BYTES)
+    saves = [source, parameters[0], kept]
+    if rms and not sketch.options.fused_norm:
+        saves.append(sketch.tensor(f"{name}.scaled", rows * width))
+    output = sketch.tensor(f"{name}.out", rows * width)
+    moved = rows * width * sketch.options.element_bytes
+    sketch.operators.append(
+        Operator(
+            name=name,
+            kind=OperatorClass.NORM,
+            inputs=(source, *parameters),
+            outputs=(output, kept),
+            saves=tuple(saves),
+            forward=Work(memory_bytes=2 * moved),
+            input_grad=Work(memory_bytes=3 * moved),
+            weight_grad=Work(memory_bytes=2 * moved),
+        )
+    )
+    return output
+
+
+def elementwise(
+    sketch: Sketch,
+    name: str,
+    sources: tuple[str, ...],
+    elements: int,
+    *,
+    saves: tuple[str, ...] = (),
+    backward: bool = True,
+) -> str:
+    """Any operator that reads its sources once and writes `elements`."""
+    output = sketch.tensor(f"{name}.out", elements)
+    moved = sketch.bytes_of(*sources, output)
+    sketch.operators.append(
+        Operator(
+            name=name,
+            kind=OperatorClass.ELEMENTWISE,
+            inputs=sources,
+            outputs=(output,),
+            saves=saves,
+            forward=Work(memory_bytes=moved),
+            input_grad=(
+                Work(memory_bytes=moved + sketch.bytes_of(*saves)) if backward else NO_WORK
+            ),
+        )
+    )
+    return output
+
+
+def pairs(load: Load, attention: Attention, causal: bool) -> int:
+    """Query-key pairs that self-attention computes, per head.
+
+    Dense attention computes the full square of every row of the batch; fused attention stays
+    within the sequences and, when causal, below their diagonals.
+    """
+    if attention is Attention.DENSE:
+        return load.batch * load.sequence * load.sequence
+    if causal:
+        return sum(length * (length + 1) // 2 for length in load.lengths)
+    return sum(length * length for length in load.lengths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """Sizes of one attention on one rank; `pairs` are query-key pairs per head."""
+
+    rows: int
+    heads: int
+    groups: int
+    head_size: int
+    pairs: int
+
+
+def attention(
+    sketch: Sketch, name: str, sources: tuple[str, str, str], shape: AttentionShape
+) -> str:
+    """Softmax attention; keeps what `RunOptions.attention` says."""
+    query, key, value = sources
+    output = sketch.tensor(f"{name}.out", shape.rows * shape.heads * shape.head_size)
+    scores = shape.heads * shape.pairs
+    flops = 4 * scores * shape.head_size
+    moved = sketch.bytes_of(query, key, value, output)
+    kept: list[str] = [query, key, value]
+    if sketch.options.attention is Attention.DENSE:
+        probabilities = sketch.tensor(f"{name}.probabilities", scores)
+        kept.append(probabilities)
+        if sketch.options.dropout:
+            kept.append(sketch.tensor(f"{name}.dropped", scores))
+            kept.append(sketch.tensor(f"{name}.dropout_mask", scores, 1))
+        passes_over_scores = 4
+        moved += passes_over_scores * sketch.bytes_of(probabilities)
+        backward_flops = 2 * flops
+    else:
+        kept.append(output)
+        kept.append(sketch.tensor(f"{name}.statistics", shape.rows * shape.heads, STATISTIC_BYTES))
+        backward_flops = 5 * flops // 2
+    mean_length = max(1, shape.pairs // max(1, shape.rows))
+    sketch.operators.append(
+        Operator(
+            name=name,
+            kind=OperatorClass.ATTENTION,
+            inputs=(query, key, value),
+            outputs=(output,),
+            saves=tuple(kept),
+            forward=Work(
+                flops=flops,
+                memory_bytes=moved,
+                shape=(shape.rows, mean_length, shape.head_size),
+                count=shape.heads,
+            ),
+            input_grad=Work(
+                flops=backward_flops,
+                memory_bytes=2 * moved,
+                shape=(shape.rows, mean_length, shape.head_size),
+                count=shape.heads,
+            ),
+        )
+    )
+    return output
+
+
+@dataclass(frozen=True, slots=True)
+class _Ring:
+    """Bytes and messages of a ring collective over `ranks`, as shares of the whole tensor."""
+
+    passes: int
+
+    def work(self, size_bytes: int, ranks: int) -> Work:
+        """What one rank sends for a tensor of `size_bytes` (the whole one)."""
+        return Work(
+            network_bytes=self.passes * size_bytes * (ranks - 1) // ranks,
+            memory_bytes=2 * self.passes * size_bytes,
+            steps=self.passes * (ranks - 1),
+        )
+
+
+_RINGS = {
+    OperatorClass.ALL_REDUCE: _Ring(2),
+    OperatorClass.ALL_GATHER: _Ring(1),
+    OperatorClass.REDUCE_SCATTER: _Ring(1),
+}
+_BACKWARD = {
+    OperatorClass.ALL_GATHER: OperatorClass.REDUCE_SCATTER,
+    OperatorClass.REDUCE_SCATTER: OperatorClass.ALL_GATHER,
+}
+
+
+def collective_work(kind: OperatorClass, size_bytes: int, ranks: int) -> Work:
+    """A ring collective on one rank; `size_bytes` is the whole, unsharded tensor."""
+    return NO_WORK if ranks == 1 else _RINGS[kind].work(size_bytes, ranks)
+
+
+def enter_tensor_parallel(sketch: Sketch, name: str, source: str, elements: int) -> str:
+    """In front of a column-parallel linear: all-gather with sequence parallelism, else a copy.
+
+    The backward is a reduce-scatter or an all-reduce. `elements` are those of the whole tensor.
+    """
+    parallel = sketch.options.parallel
+    if parallel.tensor == 1:
+        return source
+    size = elements * sketch.options.element_bytes
+    if not parallel.sequence_parallel:
+        reduce = collective_work(OperatorClass.ALL_REDUCE, size, parallel.tensor)
+        _collective(
+            sketch, name, OperatorClass.ALL_REDUCE, (source, source), (NO_WORK, reduce, NO_WORK)
+        )
+        return source
+    output = sketch.tensor(f"{name}.gathered", elements)
+    gather = collective_work(OperatorClass.ALL_GATHER, size, parallel.tensor)
+    scatter = collective_work(OperatorClass.REDUCE_SCATTER, size, parallel.tensor)
+    _collective(sketch, name, OperatorClass.ALL_GATHER, (source, output), (gather, scatter, gather))
+    return output
+
+
+def leave_tensor_parallel(sketch: Sketch, name: str, source: str, elements: int) -> str:
+    """Behind a row-parallel linear: reduce-scatter with sequence parallelism, else all-reduce."""
+    parallel = sketch.options.parallel
+    if parallel.tensor == 1:
+        return source
+    size = elements * sketch.options.element_bytes
+    if not parallel.sequence_parallel:
+        reduce = collective_work(OperatorClass.ALL_REDUCE, size, parallel.tensor)
+        _collective(
+            sketch, name, OperatorClass.ALL_REDUCE, (source, source), (reduce, NO_WORK, NO_WORK)
+        )
+        return source
+    output = sketch.tensor(f"{name}.scattered", -(-elements // parallel.tensor))
+    scatter = collective_work(OperatorClass.REDUCE_SCATTER, size, parallel.tensor)
+    gather = collective_work(OperatorClass.ALL_GATHER, size, parallel.tensor)
+    _collective(
+        sketch, name, OperatorClass.REDUCE_SCATTER, (source, output), (scatter, gather, NO_WORK)
+    )
+    return output
+
+
+def _collective(
+    sketch: Sketch,
+    name: str,
+    kind: OperatorClass,
+    ends: tuple[str, str],
+    works: tuple[Work, Work, Work],
+) -> None:
+    source, output = ends
+    forward, input_grad, weight_grad = works
+    sketch.operators.append(
+        Operator(
+            name=name,
+            kind=kind,
+            inputs=(source,),
+            outputs=(output,),
+            forward=forward,
+            input_grad=input_grad,
+            weight_grad=weight_grad,
+            queue=Queue.TENSOR_LINK,
+        )
+    )
