@@ -136,7 +136,7 @@ class MegatronStages:
     def _as_leaves(
         self, one: PlanPass, op: OpKey, inputs: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """`inputs` as leaves of this stage's graph; what a frozen producer made needs no gradient."""
+        """`inputs` as leaves of this stage's graph; a frozen producer wants no gradient back."""
         producers = one.after if op.stage == 0 else (op.owner,)
         return tuple(
             each.detach().requires_grad_(producer not in self._frozen)
