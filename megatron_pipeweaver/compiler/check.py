@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NoReturn
 
+from megatron_pipeweaver.compiler.order import linear_extension
 from megatron_pipeweaver.errors import PlanInvalidError
 from megatron_pipeweaver.ir.problem import OpKey, OpKind, Problem, Strategy, dependencies
 from megatron_pipeweaver.ir.schedule import Schedule, ScheduledOp
@@ -40,6 +41,7 @@ def check_schedule(
     _check_strategies(placed, table)
     _check_order(schedule)
     _check_waits(problem, placed)
+    linear_extension(problem.graph, schedule.ranks)  # ops of 0 ns could still form a ring
     _check_memory(problem, schedule, table)
     _check_totals(schedule)
 
