@@ -186,7 +186,7 @@ def _keep_backward_order(keys: list[OpKey], waits: dict[OpKey, list[Dependency]]
     """
     last: dict[tuple[str, int], OpKey] = {}
     for key in sorted(keys, key=lambda one: one[1:]):
-        if key.kind is OpKind.F or key.with_kind(OpKind.W) in waits and key.kind is OpKind.B:
+        if key.kind is OpKind.F or (key.with_kind(OpKind.W) in waits and key.kind is OpKind.B):
             continue
         if (key.module, key.stage) in last:
             waits[key].append(Dependency(last[key.module, key.stage], 0, False))
