@@ -24,13 +24,81 @@ class ModuleKind(StrEnum):
     """A diffusion transformer over clips, conditioned on text by cross attention."""
 
 
+class Modulation(StrEnum):
+    """Where a diffusion layer's shifts, scales and gates come from."""
+
+    LINEAR = "linear"
+    """A linear of its own from the time embedding (DiT)."""
+    TABLE = "table"
+    """A learned table per layer, added to one projection that all layers share (Wan2.1)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertOptions:
+    """A mixture of experts in place of the MLP.
+
+    Every token goes to `active` of `count` experts of width `ffn_hidden_size`, and through a
+    shared expert of width `shared_ffn_hidden_size` where that is not `None`; the first
+    `dense_layers` layers keep an MLP.
+    """
+
+    count: int
+    active: int
+    ffn_hidden_size: int
+    shared_ffn_hidden_size: int | None = None
+    dense_layers: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.active <= self.count or self.ffn_hidden_size < 1 or self.dense_layers < 0:
+            raise ConfigError(
+                f"experts: {self.active} active of {self.count}, width {self.ffn_hidden_size}, "
+                f"{self.dense_layers} dense layers; need 1 <= active <= count, width >= 1"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerOptions:
+    """What a module's layers have besides width and depth; `None` is its kind's usual choice.
+
+    `window` is the longest stretch, in units, that attention sees, except in
+    `full_attention_layers`. `context_size` is the width that cross-attention reads, in every layer
+    or in `cross_attention_layers` alone. `tap_layers` are those whose output a projector of its
+    own also hands on (DeepStack). `positions` are learned position embeddings.
+    """
+
+    head_size: int | None = None
+    rms_norm: bool | None = None
+    bias: bool | None = None
+    qkv_bias: bool | None = None
+    rotary: bool | None = None
+    qk_norm: bool = False
+    window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
+    experts: ExpertOptions | None = None
+    context_size: int | None = None
+    cross_attention_layers: tuple[int, ...] = ()
+    modulation: Modulation | None = None
+    tap_layers: tuple[int, ...] = ()
+    positions: int = 0
+
+    def __post_init__(self) -> None:
+        for what in ("head_size", "window", "context_size"):
+            value = getattr(self, what)
+            if value is not None and value < 1:
+                raise ConfigError(f"layer options: {what} is {value}; it must be >= 1")
+        if self.positions < 0:
+            raise ConfigError(f"layer options: positions is {self.positions}; it must be >= 0")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleSpec:
     """One modality module.
 
     `after` names the modules whose outputs it consumes. A `frozen` module has no backward pass.
     `output_size` is the width of what it hands on (after its projector), `None` where nothing
-    consumes it. `vocab_size` is `None` for modules without token embeddings.
+    consumes it; in front of the projector, `patches_per_token` neighbouring units are folded into
+    one token of that many times the width. `vocab_size` is `None` for modules without token
+    embeddings.
     """
 
     name: str
@@ -49,15 +117,24 @@ class ModuleSpec:
     projector_hidden_size: int | None = None
     patch_size: int | None = None
     image_channels: int = 3
+    patches_per_token: int = 1
+    layer: LayerOptions = LayerOptions()
 
     def __post_init__(self) -> None:
         where = f"module {self.name!r}"
         if not self.name.isidentifier() or self.name[-1].isdigit():
             raise ConfigError(f"{where}: a name is an identifier that does not end in a digit")
-        for what in ("layers", "hidden_size", "ffn_hidden_size", "attention_heads", "kv_groups"):
+        for what in (
+            "layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "attention_heads",
+            "kv_groups",
+            "patches_per_token",
+        ):
             if getattr(self, what) < 1:
                 raise ConfigError(f"{where}: {what} is {getattr(self, what)}; it must be >= 1")
-        if self.hidden_size % self.attention_heads:
+        if self.layer.head_size is None and self.hidden_size % self.attention_heads:
             raise ConfigError(
                 f"{where}: hidden_size {self.hidden_size} is not a multiple of "
                 f"attention_heads {self.attention_heads}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_pipeweaver.ir.lmm import ModuleKind, ModuleSpec
+from megatron_pipeweaver.ir.lmm import ExpertOptions, Modulation, ModuleKind, ModuleSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,7 +12,8 @@ class LayerSpec:
     """One transformer layer.
 
     `bias` is that of the output projection and the MLP, `qkv_bias` that of the query, key and
-    value projection.
+    value projection. `window` bounds self-attention; `context_size` is the width that
+    cross-attention reads, `None` where there is none.
     """
 
     hidden_size: int
@@ -26,29 +27,59 @@ class LayerSpec:
     qkv_bias: bool = True
     causal: bool = False
     rotary: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+    experts: ExpertOptions | None = None
+    context_size: int | None = None
+    modulation: Modulation | None = None
 
 
 _BIDIRECTIONAL = frozenset({ModuleKind.VISION, ModuleKind.DIFFUSION})
 
 
-def layer_spec(module: ModuleSpec) -> LayerSpec:
-    """The layer that `module` stacks.
+def _usual(given: bool | None, usual: bool) -> bool:
+    return usual if given is None else given
 
-    Language models with a gated MLP are of the Llama family: RMS norm, no bias; others are of the
-    GPT family.
+
+def layer_spec(module: ModuleSpec, index: int = 0) -> LayerSpec:
+    """Layer `index` of `module`.
+
+    Language models with a gated MLP are of the Llama family unless told otherwise: RMS norm,
+    rotary positions, no bias; others are of the GPT family.
     """
+    options = module.layer
     bidirectional = module.kind in _BIDIRECTIONAL
     llama = module.gated_mlp and not bidirectional
+    windowed = options.window is not None and index not in options.full_attention_layers
+    experts = options.experts
+    crosses = not options.cross_attention_layers or index in options.cross_attention_layers
     return LayerSpec(
         hidden_size=module.hidden_size,
         ffn_hidden_size=module.ffn_hidden_size,
         heads=module.attention_heads,
         kv_groups=module.kv_groups,
-        head_size=module.hidden_size // module.attention_heads,
+        head_size=options.head_size or module.hidden_size // module.attention_heads,
         gated_mlp=module.gated_mlp,
-        rms_norm=llama,
-        bias=not llama,
-        qkv_bias=not llama,
+        rms_norm=_usual(options.rms_norm, llama),
+        bias=_usual(options.bias, not llama),
+        qkv_bias=_usual(options.qkv_bias, _usual(options.bias, not llama)),
         causal=not bidirectional,
-        rotary=llama,
+        rotary=_usual(options.rotary, llama),
+        qk_norm=options.qk_norm,
+        window=options.window if windowed else None,
+        experts=experts if experts is not None and index >= experts.dense_layers else None,
+        context_size=options.context_size if crosses else None,
+        modulation=options.modulation,
     )
+
+
+def layer_groups(module: ModuleSpec, first: int, count: int) -> tuple[tuple[LayerSpec, int], ...]:
+    """Layers ``first`` to ``first + count`` as runs of equal ones: specification and length."""
+    groups: list[tuple[LayerSpec, int]] = []
+    for index in range(first, first + count):
+        spec = layer_spec(module, index)
+        if groups and groups[-1][0] == spec:
+            groups[-1] = (spec, groups[-1][1] + 1)
+        else:
+            groups.append((spec, 1))
+    return tuple(groups)

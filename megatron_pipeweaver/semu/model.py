@@ -90,7 +90,7 @@ class AnalyticCostModel:
             input_grad_ns=phases[Phase.INPUT_GRAD],
             weight_grad_ns=phases[Phase.WEIGHT_GRAD],
             saved_bytes=graph.saved_bytes,
-            input_bytes=graph.tensors[0].size_bytes,
+            input_bytes=graph.tensors[0].size_bytes if graph.tensors else 0,
         )
 
     def _strategies(

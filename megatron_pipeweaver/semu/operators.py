@@ -6,6 +6,7 @@ the bytes they move. A `Sketch` collects operators and tensors into a `Subgraph`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_pipeweaver.semu.interface import Load
@@ -34,12 +35,23 @@ class Sketch:
     tensors: list[Tensor] = field(default_factory=list)
 
     def tensor(
-        self, name: str, elements: int, element_bytes: int | None = None, parameter: bool = False
+        self,
+        name: str,
+        elements: int,
+        element_bytes: int | None = None,
+        *,
+        parameter: bool = False,
+        external: bool = False,
     ) -> str:
         """Add a tensor; returns its name."""
-        size = element_bytes or self.options.element_bytes
         self.tensors.append(
-            Tensor(name=name, elements=elements, element_bytes=size, parameter=parameter)
+            Tensor(
+                name=name,
+                elements=elements,
+                element_bytes=element_bytes or self.options.element_bytes,
+                parameter=parameter,
+                external=external,
+            )
         )
         return name
 
@@ -69,9 +81,12 @@ def linear(
     bias: bool,
     needs_input_grad: bool = True,
     keeps: str | None = None,
+    owns_weight: bool = True,
 ) -> str:
     """``[rows, width_in] x [width_in, width_out]``; keeps its input, or the tensor `keeps`."""
-    weight = sketch.tensor(f"{name}.weight", width_in * width_out, parameter=True)
+    weight = sketch.tensor(
+        f"{name}.weight", width_in * width_out, parameter=owns_weight, external=not owns_weight
+    )
     parameters: tuple[str, ...] = (weight,)
     if bias:
         parameters += (sketch.tensor(f"{name}.bias", width_out, parameter=True),)
@@ -103,15 +118,24 @@ def linear(
     return output
 
 
-def norm(sketch: Sketch, name: str, source: str, rows: int, width: int, *, rms: bool) -> str:
+def norm(
+    sketch: Sketch,
+    name: str,
+    source: str,
+    rows: int,
+    width: int,
+    *,
+    rms: bool,
+    affine: bool = True,
+) -> str:
     """Layer norm or RMS norm over `width`; keeps its input and one or two numbers per row."""
-    parameters = [sketch.tensor(f"{name}.weight", width, parameter=True)]
-    statistics = rows
-    if not rms:
+    parameters: list[str] = []
+    if affine:
+        parameters.append(sketch.tensor(f"{name}.weight", width, parameter=True))
+    if affine and not rms:
         parameters.append(sketch.tensor(f"{name}.bias", width, parameter=True))
-        statistics *= 2
-    kept = sketch.tensor(f"{name}.statistics", statistics, STATISTIC_BYTES)
-    saves = [source, parameters[0], kept]
+    kept = sketch.tensor(f"{name}.statistics", rows if rms else 2 * rows, STATISTIC_BYTES)
+    saves = [source, kept, *parameters[:1]]
     if rms and not sketch.options.fused_norm:
         saves.append(sketch.tensor(f"{name}.scaled", rows * width))
     output = sketch.tensor(f"{name}.out", rows * width)
@@ -125,7 +149,7 @@ def norm(sketch: Sketch, name: str, source: str, rows: int, width: int, *, rms: 
             saves=tuple(saves),
             forward=Work(memory_bytes=2 * moved),
             input_grad=Work(memory_bytes=3 * moved),
-            weight_grad=Work(memory_bytes=2 * moved),
+            weight_grad=Work(memory_bytes=2 * moved) if affine else NO_WORK,
         )
     )
     return output
@@ -159,17 +183,67 @@ def elementwise(
     return output
 
 
-def pairs(load: Load, attention: Attention, causal: bool) -> int:
+def activation(sketch: Sketch, name: str, source: str, elements: int, *, gated: bool) -> str:
+    """GELU, or SwiGLU of the two halves of `source`; keeps its input."""
+    saves: tuple[str, ...] = (source,)
+    if gated and not sketch.options.fused_activation:
+        saves += (sketch.tensor(f"{name}.gate", elements),)
+    return elementwise(sketch, name, (source,), elements, saves=saves)
+
+
+def split(sketch: Sketch, name: str, source: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Views of `source` by name; no work."""
+    views = tuple(sketch.tensor(view, elements) for view, elements in sizes.items())
+    sketch.operators.append(
+        Operator(
+            name=name,
+            kind=OperatorClass.ELEMENTWISE,
+            inputs=(source,),
+            outputs=views,
+            forward=NO_WORK,
+        )
+    )
+    return views
+
+
+def pairs(load: Load, kind: Attention, *, causal: bool, window: int | None = None) -> int:
     """Query-key pairs that self-attention computes, per head.
 
     Dense attention computes the full square of every row of the batch; fused attention stays
-    within the sequences and, when causal, below their diagonals.
+    within the sequences (cut into windows, where there are any) and, when causal, below their
+    diagonals.
     """
-    if attention is Attention.DENSE:
+    if kind is Attention.DENSE:
         return load.batch * load.sequence * load.sequence
     if causal:
         return sum(length * (length + 1) // 2 for length in load.lengths)
-    return sum(length * length for length in load.lengths)
+    if window is None:
+        return sum(length * length for length in load.lengths)
+    return sum(
+        (length // window) * window * window + (length % window) ** 2 for length in load.lengths
+    )
+
+
+def cross_pairs(load: Load, kind: Attention) -> int:
+    """Query-key pairs of cross-attention, per head.
+
+    Every sequence reads its own context where there is one each, the whole context otherwise.
+    """
+    context = load.context_lengths
+    if kind is Attention.FLASH and len(context) == len(load.lengths):
+        return sum(own * other for own, other in zip(load.lengths, context, strict=True))
+    return load.tokens * sum(context)
+
+
+def shard(size: int, options: RunOptions) -> int:
+    """A tensor-parallel rank's share of `size` heads, columns or vocabulary rows."""
+    return -(-size // options.parallel.tensor)
+
+
+def sharded_rows(rows: int, options: RunOptions) -> int:
+    """Rows that a rank holds between the linears: its share with sequence parallelism."""
+    parallel = options.parallel
+    return -(-rows // parallel.tensor) if parallel.sequence_parallel else rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +252,6 @@ class AttentionShape:
 
     rows: int
     heads: int
-    groups: int
     head_size: int
     pairs: int
 

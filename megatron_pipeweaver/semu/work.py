@@ -34,6 +34,7 @@ class Queue(StrEnum):
     TENSOR_LINK = "tensor_link"
     PIPELINE_LINK = "pipeline_link"
     DATA_LINK = "data_link"
+    EXPERT_LINK = "expert_link"
     HOST_LINK = "host_link"
 
 
@@ -74,12 +75,16 @@ NO_WORK = Work(kernels=0)
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor node; `parameter` tensors stay, all others live as long as somebody needs them."""
+    """A tensor node; all but `parameter` and `external` ones live as long as they are needed.
+
+    `external` tensors belong to another subgraph, which counts them.
+    """
 
     name: str
     elements: int
     element_bytes: int
     parameter: bool = False
+    external: bool = False
 
     def __post_init__(self) -> None:
         if self.elements < 0 or self.element_bytes < 1:
@@ -152,7 +157,11 @@ class Subgraph:
     def saved(self) -> tuple[Tensor, ...]:
         """The tensors, parameters apart, that the forward keeps for the backward."""
         kept = {name for one in self.operators for name in one.saves}
-        return tuple(one for one in self.tensors if one.name in kept and not one.parameter)
+        return tuple(
+            one
+            for one in self.tensors
+            if one.name in kept and not one.parameter and not one.external
+        )
 
     @property
     def saved_bytes(self) -> int:

@@ -1,0 +1,171 @@
+"""What stands in front of and behind the layers: embeddings, projectors, heads."""
+
+from __future__ import annotations
+
+from megatron_pipeweaver.ir.lmm import ModuleSpec
+from megatron_pipeweaver.semu.architecture import LayerSpec
+from megatron_pipeweaver.semu.interface import Load
+from megatron_pipeweaver.semu.operators import (
+    Sketch,
+    activation,
+    elementwise,
+    enter_tensor_parallel,
+    leave_tensor_parallel,
+    linear,
+    norm,
+    shard,
+    sharded_rows,
+)
+from megatron_pipeweaver.semu.options import RunOptions
+from megatron_pipeweaver.semu.work import Operator, OperatorClass, Subgraph, Work
+
+INDEX_BYTES = 8
+"""Token ids and targets are 64-bit integers."""
+SINGLE_BYTES = 4
+"""The loss is computed in single precision."""
+
+
+def patch_embedding(module: ModuleSpec, load: Load, options: RunOptions) -> Subgraph:
+    """Non-overlapping convolution as one matmul, plus position embeddings; no input gradient."""
+    sketch = Sketch("patch_embedding", options)
+    patch = module.patch_size or 1
+    pixels = module.image_channels * patch * patch
+    rows = load.tokens
+    source = sketch.tensor("pixels", rows * pixels)
+    output = linear(
+        sketch,
+        "patches",
+        source,
+        rows=rows,
+        width_in=pixels,
+        width_out=module.hidden_size,
+        bias=True,
+        needs_input_grad=False,
+    )
+    if module.layer.positions:
+        sketch.tensor("positions", module.layer.positions * module.hidden_size, parameter=True)
+    elementwise(sketch, "add_positions", (output,), rows * module.hidden_size, backward=False)
+    return sketch.finish()
+
+
+def patch_unembedding(module: ModuleSpec, load: Load, options: RunOptions) -> Subgraph:
+    """One linear from hidden states back to the patches that a diffusion model predicts."""
+    sketch = Sketch("patch_unembedding", options)
+    patch = module.patch_size or 1
+    hidden = sketch.tensor("hidden", load.tokens * module.hidden_size)
+    linear(
+        sketch,
+        "unpatch",
+        hidden,
+        rows=load.tokens,
+        width_in=module.hidden_size,
+        width_out=module.image_channels * patch * patch,
+        bias=True,
+    )
+    return sketch.finish()
+
+
+def token_embedding(module: ModuleSpec, load: Load, options: RunOptions) -> Subgraph:
+    """Rows looked up in the embedding table; the backward adds them into its gradient."""
+    sketch = Sketch("token_embedding", options)
+    rows, width = load.tokens, module.hidden_size
+    tokens = sketch.tensor("tokens", rows, INDEX_BYTES)
+    vocabulary = shard(module.vocab_size or 1, options)
+    weight = sketch.tensor("embedding.weight", vocabulary * width, parameter=True)
+    if module.layer.positions:
+        sketch.tensor("positions", module.layer.positions * width, parameter=True)
+    output = sketch.tensor("embedding.out", rows * width)
+    moved = rows * width * options.element_bytes
+    sketch.operators.append(
+        Operator(
+            name="embedding",
+            kind=OperatorClass.EMBEDDING,
+            inputs=(tokens, weight),
+            outputs=(output,),
+            saves=(tokens,),
+            forward=Work(memory_bytes=2 * moved),
+            weight_grad=Work(memory_bytes=moved + 2 * rows * width * options.gradient_bytes),
+        )
+    )
+    leave_tensor_parallel(sketch, "leave_embedding", output, rows * width)
+    return sketch.finish()
+
+
+def final_norm(module: ModuleSpec, spec: LayerSpec, load: Load, options: RunOptions) -> Subgraph:
+    """The norm behind the last layer."""
+    sketch = Sketch("final_norm", options)
+    rows = sharded_rows(load.tokens, options)
+    hidden = sketch.tensor("hidden", rows * module.hidden_size)
+    norm(sketch, "final_norm", hidden, rows, module.hidden_size, rms=spec.rms_norm)
+    return sketch.finish()
+
+
+def projector(module: ModuleSpec, load: Load, options: RunOptions) -> Subgraph:
+    """Patches folded into tokens, then two linears (or one) into the consumer's width.
+
+    Folding joins neighbouring patches, so the tokens' width is the hidden size times the patches
+    per token.
+    """
+    sketch = Sketch("projector", options)
+    rows = load.output_tokens
+    elements = load.tokens * module.hidden_size
+    hidden = sketch.tensor("hidden", elements)
+    width_in = max(1, elements // max(1, rows))
+    width_out = module.output_size or module.hidden_size
+    if module.projector_hidden_size is None:
+        linear(
+            sketch, "project", hidden, rows=rows, width_in=width_in, width_out=width_out, bias=True
+        )
+        return sketch.finish()
+    inner = shard(module.projector_hidden_size, options)
+    wide = linear(
+        sketch, "project1", hidden, rows=rows, width_in=width_in, width_out=inner, bias=True
+    )
+    active = activation(sketch, "activation", wide, rows * inner, gated=False)
+    branch = linear(
+        sketch, "project2", active, rows=rows, width_in=inner, width_out=width_out, bias=True
+    )
+    leave_tensor_parallel(sketch, "leave_projector", branch, rows * width_out)
+    return sketch.finish()
+
+
+def vocabulary_head(
+    module: ModuleSpec, load: Load, options: RunOptions, *, shares_embedding: bool = False
+) -> Subgraph:
+    """Logits and vocabulary-parallel cross entropy; the loss keeps its softmax in fp32.
+
+    `shares_embedding` says that the weight is the embedding's of the same stage.
+    """
+    sketch = Sketch("vocabulary_head", options)
+    rows, width = load.tokens, module.hidden_size
+    vocabulary = shard(module.vocab_size or 1, options)
+    hidden = sketch.tensor("hidden", sharded_rows(rows, options) * width)
+    entered = enter_tensor_parallel(sketch, "enter_head", hidden, rows * width)
+    logits = linear(
+        sketch,
+        "logits",
+        entered,
+        rows=rows,
+        width_in=width,
+        width_out=vocabulary,
+        bias=False,
+        keeps=hidden,
+        owns_weight=not shares_embedding,
+    )
+    softmax = sketch.tensor("loss.softmax", rows * vocabulary, SINGLE_BYTES)
+    # Which targets are not on this rank (one byte each), and where they are.
+    targets = sketch.tensor("loss.targets", rows, INDEX_BYTES + 1)
+    loss = sketch.tensor("loss.out", rows, SINGLE_BYTES)
+    logit_bytes, softmax_bytes = sketch.bytes_of(logits), sketch.bytes_of(softmax)
+    sketch.operators.append(
+        Operator(
+            name="loss",
+            kind=OperatorClass.SOFTMAX,
+            inputs=(logits,),
+            outputs=(softmax, targets, loss),
+            saves=(softmax, targets),
+            forward=Work(memory_bytes=logit_bytes + 5 * softmax_bytes),
+            input_grad=Work(memory_bytes=2 * softmax_bytes + logit_bytes),
+        )
+    )
+    return sketch.finish()

@@ -1,0 +1,111 @@
+"""Memory that training needs besides activations: weights, gradients, optimizer state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_pipeweaver.errors import InfeasibleError
+from megatron_pipeweaver.ir.layout import ChunkLayout
+from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleSpec
+from megatron_pipeweaver.semu.interface import Load, StageShape
+from megatron_pipeweaver.semu.options import RunOptions
+from megatron_pipeweaver.semu.stages import stage_parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerOptions:
+    """What the optimizer keeps per trained parameter (Adam: master weight and two moments)."""
+
+    state_bytes: int = 12
+    distributed: bool = True
+
+
+def stage_parameters(module: ModuleSpec, stage: StageShape, options: RunOptions) -> int:
+    """Parameters of one stage on one tensor-parallel rank."""
+    units = module.patches_per_token
+    one_token = Load(
+        sequence=units, batch=1, lengths=(units,), output_tokens=1, context_lengths=(1,)
+    )
+    return sum(
+        part.copies * part.graph.parameters
+        for part in stage_parts(module, stage, one_token, options)
+    )
+
+
+def module_parameters(module: ModuleSpec, options: RunOptions | None = None) -> int:
+    """Parameters of a whole module, projector and head included; on one rank by default."""
+    whole = StageShape(layers=module.layers, is_first=True, is_last=True)
+    return stage_parameters(module, whole, options or RunOptions())
+
+
+def rank_parameters(model: ModelSpec, layout: ChunkLayout, options: RunOptions) -> list[int]:
+    """Parameters that each pipeline rank holds, over all its chunks."""
+    return [sum(_chunk_parameters(model, layout, rank, options)) for rank in _ranks(layout)]
+
+
+def rank_state_bytes(
+    model: ModelSpec,
+    layout: ChunkLayout,
+    options: RunOptions,
+    optimizer: OptimizerOptions | None = None,
+) -> tuple[int, ...]:
+    """Bytes of weights, gradients and optimizer state by pipeline rank.
+
+    Frozen modules have weights alone. A distributed optimizer spreads its state over the
+    data-parallel ranks.
+    """
+    rule = optimizer or OptimizerOptions()
+    replicas = options.parallel.data if rule.distributed else 1
+    totals = []
+    for rank in _ranks(layout):
+        held = 0
+        for place, count in zip(
+            layout.chunks_of_rank(rank),
+            _chunk_parameters(model, layout, rank, options),
+            strict=True,
+        ):
+            held += count * options.element_bytes
+            if not model.module(place.module).frozen:
+                held += count * options.gradient_bytes + -(-count * rule.state_bytes // replicas)
+        totals.append(held)
+    return tuple(totals)
+
+
+def activation_capacity_bytes(
+    device_bytes: int, state_bytes: tuple[int, ...], reserve_bytes: int
+) -> tuple[int, ...]:
+    """What is left for activations on each rank, `reserve_bytes` of working memory set aside.
+
+    Raises:
+        InfeasibleError: the states alone do not fit on some rank.
+    """
+    left = tuple(device_bytes - state - reserve_bytes for state in state_bytes)
+    for rank, capacity in enumerate(left):
+        if capacity <= 0:
+            raise InfeasibleError(
+                f"rank {rank}: weights, gradients and optimizer state take {state_bytes[rank]} of "
+                f"{device_bytes} bytes, {reserve_bytes} are reserved; use more ranks"
+            )
+    return left
+
+
+def _ranks(layout: ChunkLayout) -> range:
+    return range(layout.pipeline_size)
+
+
+def _chunk_parameters(
+    model: ModelSpec, layout: ChunkLayout, rank: int, options: RunOptions
+) -> list[int]:
+    return [
+        stage_parameters(
+            model.module(place.module),
+            StageShape(
+                layers=place.layers,
+                is_first=place.is_first,
+                is_last=place.is_last,
+                first_layer=place.first_layer,
+            ),
+            options,
+        )
+        for place in layout.chunks_of_rank(rank)
+    ]
