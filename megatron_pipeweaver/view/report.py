@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_pipeweaver.ir.problem import OpKey, OpKind
+from megatron_pipeweaver.ir.problem import OpKey, OpKind, Problem
 from megatron_pipeweaver.ir.schedule import Schedule
 from megatron_pipeweaver.ir.trace import Trace
 from megatron_pipeweaver.view.layout import KIND_NAMES, schedule_of_trace
@@ -56,6 +56,30 @@ def comparison_table(rows: Sequence[ScheduleRow], *, lower_bound_ns: int = 0) ->
             for row in rows
         ],
     )
+
+
+def schedule_facts(schedule: Schedule, problem: Problem | None = None) -> str:
+    """Makespan, proven bound and gap, bubble, and the peak memory of every rank, line by line.
+
+    A bound of 0 proves nothing and is left out, and so are peaks of a schedule that tells none.
+    """
+    lines = [f"makespan      {milliseconds(schedule.makespan_ns)} ({schedule.makespan_ns} ns)"]
+    if schedule.lower_bound_ns:
+        lines.append(
+            f"lower bound   {milliseconds(schedule.lower_bound_ns)} ({schedule.lower_bound_ns} ns)"
+        )
+        lines.append(f"gap           {percent(schedule.gap)}")
+    lines.append(f"bubble        {percent(schedule.bubble())}")
+    capacities = [None] * len(schedule.ranks) if problem is None else problem.memory_capacity_bytes
+    if any(schedule.peak_memory_bytes):
+        for rank, (peak, capacity) in enumerate(
+            zip(schedule.peak_memory_bytes, capacities, strict=True)
+        ):
+            limit = "" if capacity is None else f" of {size(capacity)}"
+            lines.append(
+                f"{'peak memory' if rank == 0 else '':13} rank {rank}: {size(peak)}{limit}"
+            )
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

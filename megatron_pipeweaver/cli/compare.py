@@ -1,0 +1,41 @@
+"""``pipeweaver compare``: the searched schedule beside the static ones."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_pipeweaver.cli.files import load_problem
+from megatron_pipeweaver.cli.search_flags import add_search_arguments, search_config
+from megatron_pipeweaver.compiler.check import check_schedule
+from megatron_pipeweaver.search.anytime import solve
+from megatron_pipeweaver.search.baselines import encoders_first, interleaved_1f1b
+from megatron_pipeweaver.view.report import ScheduleRow, comparison_table
+
+HELP = "compare the searched schedule of a problem file with the static ones"
+
+_BASELINES = {"interleaved 1F1B": interleaved_1f1b, "encoders first": encoders_first}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("problem", type=Path, help="a pipeweaver.problem/1 file")
+    add_search_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build, check and print all of them; the exit code."""
+    config = search_config(args)
+    problem, _ = load_problem(args.problem)
+    schedules = {"pipeweaver": solve(problem, config).schedule}
+    for name, build in _BASELINES.items():
+        schedules[name] = build(problem, in_order=config.deterministic)
+    for schedule in schedules.values():
+        check_schedule(problem, schedule)
+    print(
+        comparison_table(
+            [ScheduleRow.of(name, schedule) for name, schedule in schedules.items()],
+            lower_bound_ns=schedules["pipeweaver"].lower_bound_ns,
+        )
+    )
+    return 0

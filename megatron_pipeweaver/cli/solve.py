@@ -1,0 +1,68 @@
+"""``pipeweaver solve``: a problem file in, the best schedule found within the time budget out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_pipeweaver.cli.files import load_problem, refuse_bad_outputs
+from megatron_pipeweaver.cli.search_flags import add_search_arguments, search_config
+from megatron_pipeweaver.compiler.check import check_schedule
+from megatron_pipeweaver.ir.codec import schedule_to_json
+from megatron_pipeweaver.ir.json_reader import write_whole
+from megatron_pipeweaver.search.anytime import SearchResult, solve
+from megatron_pipeweaver.view.layout import draw_schedule
+from megatron_pipeweaver.view.report import format_table, schedule_facts
+from megatron_pipeweaver.view.svg import render_svg
+from megatron_pipeweaver.view.units import milliseconds, percent
+
+HELP = "search for a schedule of a problem file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("problem", type=Path, help="a pipeweaver.problem/1 file")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="where to put the schedule"
+    )
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw its timeline here as well")
+    add_search_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search, check, write, report; the exit code."""
+    config = search_config(args)
+    refuse_bad_outputs([args.output, args.svg], inputs=[args.problem])
+    problem, sha256 = load_problem(args.problem)
+    result = solve(problem, config, problem_sha256=sha256)
+    check_schedule(problem, result.schedule, problem_sha256=sha256)
+    write_whole(args.output, schedule_to_json(result.schedule))
+    if args.svg is not None:
+        drawing = draw_schedule(result.schedule, problem, title=args.problem.stem)
+        write_whole(args.svg, render_svg(drawing))
+    print(schedule_facts(result.schedule, problem))
+    print(f"\n{_baselines(result)}")
+    print(
+        f"\nfirst schedule after {milliseconds(result.first_ns)}, {result.evaluations} evaluated "
+        f"in {milliseconds(result.elapsed_ns)}; written to {args.output}"
+    )
+    return 0
+
+
+def _baselines(result: SearchResult) -> str:
+    """What was found, the static schedules and the bounds, each as a ratio to the best bound."""
+    found_ns, bound_ns = result.schedule.makespan_ns, max(result.bounds.values(), default=0)
+    times = {"pipeweaver": found_ns, **result.baselines}
+    times |= {f"bound: {name}": time_ns for name, time_ns in result.bounds.items()}
+    return format_table(
+        ["", "time", "/ bound", "over pipeweaver"],
+        [
+            [
+                name.replace("_", " "),
+                milliseconds(time_ns),
+                f"{time_ns / bound_ns:.4f}" if bound_ns else "-",
+                percent(time_ns / found_ns - 1) if found_ns else "-",
+            ]
+            for name, time_ns in times.items()
+        ],
+    )
