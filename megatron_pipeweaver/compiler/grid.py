@@ -16,56 +16,25 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.plan import (
     COMPUTE_KIND,
     Action,
-    ActionKind,
     ComputeAction,
     Plan,
     TransferAction,
 )
+from megatron_pipeweaver.ir.plan_text import SENDING, VERBS, format_action
 from megatron_pipeweaver.ir.problem import OpKey, OpKind
-from megatron_pipeweaver.ir.text import (
-    format_grid,
-    format_op,
-    format_share,
-    format_stage,
-    parse_grid,
-    parse_op,
-)
+from megatron_pipeweaver.ir.text import format_grid, parse_grid, parse_op
 
-_VERBS: Mapping[ActionKind, str] = {
-    ActionKind.ISEND: "SEND",
-    ActionKind.IRECV: "RECV",
-    ActionKind.WAIT_ISEND: "WAIT_SEND",
-    ActionKind.WAIT_IRECV: "WAIT_RECV",
-}
-_KIND_OF_VERB = {verb: kind for kind, verb in _VERBS.items()}
-_SENDING = frozenset({ActionKind.ISEND, ActionKind.WAIT_ISEND})
+_KIND_OF_VERB = {verb: kind for kind, verb in VERBS.items()}
 _TRANSFER = re.compile(
     r".+\.(?P<verb>(?:WAIT_)?(?:SEND|RECV))_[FB][\d.]+[<>](?P<peer>\d+)#(?P<sequence>\d+)", re.ASCII
 )
 _COMPUTE = re.compile(r"(?P<op>.+)\[(?P<strategy>[^\[\]]*)\]")
-
-
-def format_action(plan: Plan, action: Action) -> str:
-    """The word for `action` of `plan`, e.g. ``vision0.SEND_F3>1#0``."""
-    if isinstance(action, ComputeAction):
-        return f"{format_op(action.op)}[{quote(action.strategy, safe='')}]"
-    verb = _VERBS.get(action.kind, action.kind.value)
-    if not 0 <= action.message < len(plan.messages):
-        return f"{verb}?{action.message}"
-    message = plan.messages[action.message]
-    sending = action.kind in _SENDING
-    op = message.source if sending else message.target
-    arrow = f">{message.target_rank}" if sending else f"<{message.source_rank}"
-    return (
-        f"{format_stage(op.module, op.stage)}.{verb}_{op.kind}{format_share(op)}"
-        f"{arrow}#{message.sequence}"
-    )
 
 
 def format_actions(plan: Plan) -> str:
@@ -112,7 +81,7 @@ def _parse_action(word: str, rank: int, words: _Words) -> Action:
     if transfer is not None:
         kind = _KIND_OF_VERB[transfer["verb"]]
         peer = int(transfer["peer"])
-        pair = (rank, peer) if kind in _SENDING else (peer, rank)
+        pair = (rank, peer) if kind in SENDING else (peer, rank)
         index = words.messages.get((*pair, int(transfer["sequence"])))
         if index is None:
             raise ConfigError(

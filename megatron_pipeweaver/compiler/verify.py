@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import NoReturn
 
-from megatron_pipeweaver.compiler.grid import format_action, format_excerpt
+from megatron_pipeweaver.compiler.grid import format_excerpt
 from megatron_pipeweaver.compiler.messages import activation_of, message_shape, remote_sources
 from megatron_pipeweaver.errors import ConfigError, PlanInvalidError
 from megatron_pipeweaver.ir.plan import (
@@ -29,6 +29,7 @@ from megatron_pipeweaver.ir.plan import (
     VerifiedPlan,
 )
 from megatron_pipeweaver.ir.plan_codec import fingerprint
+from megatron_pipeweaver.ir.plan_text import format_action
 from megatron_pipeweaver.ir.problem import OpKey, OpKind, PassGraph, dependencies
 from megatron_pipeweaver.ir.text import format_op
 
