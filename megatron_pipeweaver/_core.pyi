@@ -1,0 +1,65 @@
+class RawProblem:
+    ranks: int
+    microbatches: int
+    capacity: list[int]
+    pass_microbatch: list[int]
+    pass_module: list[int]
+    pass_sub: list[int]
+    pass_stages: list[int]
+    pass_latency: list[int]
+    pass_frozen: list[int]
+    producer_begin: list[int]
+    producers: list[int]
+    strategy_begin: list[int]
+    forward: list[int]
+    backward: list[int]
+    weight: list[int]
+    memory: list[int]
+    def __init__(self) -> None: ...
+
+class Policy:
+    forward_key: list[int]
+    backward_key: list[int]
+    weight_key: list[int]
+    enter_key: list[int]
+    level: list[int]
+    load: list[int]
+    load_limit: int
+    split: bool
+    alternate: bool
+    adaptive: bool
+    in_order: bool
+    patience: int
+    def __init__(self) -> None: ...
+
+class Timetable:
+    @property
+    def makespan(self) -> int: ...
+    @property
+    def order(self) -> list[list[int]]: ...
+    @property
+    def start(self) -> list[int]: ...
+    @property
+    def end(self) -> list[int]: ...
+    @property
+    def level(self) -> list[int]: ...
+
+class Bounds:
+    @property
+    def critical_path(self) -> int: ...
+    @property
+    def jackson(self) -> list[int]: ...
+
+class Core:
+    def __init__(self, raw: RawProblem, in_order: bool) -> None: ...
+    def shortage(self) -> tuple[int, int, int, bool] | None: ...
+    def bounds(self) -> Bounds: ...
+    def decode(self, policy: Policy) -> Timetable: ...
+    def retime(self, order: list[list[int]], level: list[int], split: bool) -> Timetable: ...
+    def peak_memory(self, table: Timetable, split: bool) -> list[int]: ...
+    @property
+    def level_begin(self) -> list[int]: ...
+    @property
+    def strategy(self) -> list[int]: ...
+    @property
+    def pair_begin(self) -> list[int]: ...

@@ -1,0 +1,146 @@
+// The only file that knows Python.
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+
+#include "alone.hpp"
+#include "bounds.hpp"
+#include "decode.hpp"
+#include "model.hpp"
+#include "timing.hpp"
+
+namespace py = pybind11;
+using namespace pipeweaver;
+
+namespace {
+
+// A problem ready to be decoded; the answers to "what does each microbatch need alone" with it.
+class Core {
+ public:
+  Core(const RawProblem& raw, bool in_order) : model_(raw) {
+    for (i32 k = 0; k < model_.microbatches; ++k) {
+      alone_.push_back(run_alone(model_, k, in_order));
+    }
+  }
+
+  // (microbatch, rank, bytes, proven) of the first one that does not fit alone.
+  std::optional<std::tuple<i32, i32, i64, bool>> shortage() const {
+    for (i32 k = 0; k < model_.microbatches; ++k) {
+      if (!alone_[k].feasible) {
+        return std::tuple{k, alone_[k].rank, alone_[k].bytes, alone_[k].decided};
+      }
+    }
+    return std::nullopt;
+  }
+
+  Timetable decode(const Policy& policy) const {
+    check(policy);
+    py::gil_scoped_release release;
+    Timetable table;
+    Decoder decoder(model_, alone_);
+    if (!decoder.run(policy, table)) throw std::logic_error("the decoder cannot go on");
+    return table;
+  }
+
+  Timetable retime(std::vector<std::vector<i32>> order, std::vector<i32> level, bool split) const {
+    Timetable table;
+    table.order = std::move(order);
+    table.level = std::move(level);
+    table.start.assign(3 * static_cast<std::size_t>(model_.pairs), 0);
+    table.end.assign(3 * static_cast<std::size_t>(model_.pairs), 0);
+    if (!Timer(model_).run(table, split)) throw py::value_error("the orders wait in a ring");
+    return table;
+  }
+
+  const Model& model() const { return model_; }
+  const std::vector<Alone>& alone() const { return alone_; }
+
+ private:
+  void check(const Policy& policy) const {
+    const auto passes = static_cast<std::size_t>(model_.passes);
+    const auto microbatches = static_cast<std::size_t>(model_.microbatches);
+    if (policy.forward_key.size() != passes || policy.backward_key.size() != passes ||
+        policy.enter_key.size() != passes || policy.weight_key.size() != microbatches ||
+        policy.load.size() != microbatches ||
+        policy.level.size() != static_cast<std::size_t>(model_.pairs)) {
+      throw py::value_error("policy: a list has the wrong length");
+    }
+    for (i32 u = 0; u < model_.pairs; ++u) {
+      if (policy.level[u] < 0 || policy.level[u] >= model_.levels(u)) {
+        throw py::value_error("policy: a level is out of range");
+      }
+    }
+    if (shortage()) throw py::value_error("a microbatch does not fit alone");
+  }
+
+  Model model_;
+  std::vector<Alone> alone_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "Native core of the schedule search.";
+
+  py::class_<RawProblem>(module, "RawProblem")
+      .def(py::init<>())
+      .def_readwrite("ranks", &RawProblem::ranks)
+      .def_readwrite("microbatches", &RawProblem::microbatches)
+      .def_readwrite("capacity", &RawProblem::capacity)
+      .def_readwrite("pass_microbatch", &RawProblem::pass_microbatch)
+      .def_readwrite("pass_module", &RawProblem::pass_module)
+      .def_readwrite("pass_sub", &RawProblem::pass_sub)
+      .def_readwrite("pass_stages", &RawProblem::pass_stages)
+      .def_readwrite("pass_latency", &RawProblem::pass_latency)
+      .def_readwrite("pass_frozen", &RawProblem::pass_frozen)
+      .def_readwrite("producer_begin", &RawProblem::producer_begin)
+      .def_readwrite("producers", &RawProblem::producers)
+      .def_readwrite("strategy_begin", &RawProblem::strategy_begin)
+      .def_readwrite("forward", &RawProblem::forward)
+      .def_readwrite("backward", &RawProblem::backward)
+      .def_readwrite("weight", &RawProblem::weight)
+      .def_readwrite("memory", &RawProblem::memory);
+
+  py::class_<Policy>(module, "Policy")
+      .def(py::init<>())
+      .def_readwrite("forward_key", &Policy::forward_key)
+      .def_readwrite("backward_key", &Policy::backward_key)
+      .def_readwrite("weight_key", &Policy::weight_key)
+      .def_readwrite("enter_key", &Policy::enter_key)
+      .def_readwrite("level", &Policy::level)
+      .def_readwrite("load", &Policy::load)
+      .def_readwrite("load_limit", &Policy::load_limit)
+      .def_readwrite("split", &Policy::split)
+      .def_readwrite("alternate", &Policy::alternate)
+      .def_readwrite("adaptive", &Policy::adaptive)
+      .def_readwrite("in_order", &Policy::in_order)
+      .def_readwrite("patience", &Policy::patience);
+
+  py::class_<Timetable>(module, "Timetable")
+      .def_readonly("makespan", &Timetable::makespan)
+      .def_readonly("order", &Timetable::order)
+      .def_readonly("start", &Timetable::start)
+      .def_readonly("end", &Timetable::end)
+      .def_readonly("level", &Timetable::level);
+
+  py::class_<Bounds>(module, "Bounds")
+      .def_readonly("critical_path", &Bounds::critical_path)
+      .def_readonly("jackson", &Bounds::jackson);
+
+  py::class_<Core>(module, "Core")
+      .def(py::init<const RawProblem&, bool>(), py::arg("raw"), py::arg("in_order"))
+      .def("shortage", &Core::shortage)
+      .def("bounds", [](const Core& core) { return lower_bounds(core.model()); })
+      .def("decode", &Core::decode, py::arg("policy"))
+      .def("retime", &Core::retime, py::arg("order"), py::arg("level"), py::arg("split"))
+      .def("peak_memory", [](const Core& core, const Timetable& table,
+                             bool split) { return peak_memory(core.model(), table, split); })
+      .def_property_readonly("level_begin",
+                             [](const Core& core) { return core.model().level_begin; })
+      .def_property_readonly("strategy", [](const Core& core) { return core.model().strategy; })
+      .def_property_readonly("pair_begin",
+                             [](const Core& core) { return core.model().pass_begin; });
+}
