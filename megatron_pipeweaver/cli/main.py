@@ -9,7 +9,8 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NoReturn, Protocol
 
 from megatron_pipeweaver import __version__
@@ -65,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (the process's own by default); the exit code."""
     try:
         args = build_parser().parse_args(argv)
-        _log_to_stderr(verbose=args.verbose)
-        code = VERBS[args.verb].run(args)
+        with _logging_to_stderr(verbose=args.verbose):
+            code = VERBS[args.verb].run(args)
         sys.stdout.flush()
     except PipeWeaverError as error:
         return _fail(str(error), error.exit_code)
@@ -81,13 +82,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _log_to_stderr(*, verbose: bool) -> None:
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="pipeweaver: %(message)s",
-        stream=sys.stderr,
-        force=True,
-    )
+@contextmanager
+def _logging_to_stderr(*, verbose: bool) -> Iterator[None]:
+    """For the time of one command: warnings, or progress too, as lines on stderr."""
+    logger, handler = logging.getLogger("megatron_pipeweaver"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("pipeweaver: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _fail(message: str, code: int) -> int:

@@ -154,11 +154,12 @@ def _header(page: _Page) -> Iterator[str]:
 
 def _legend(drawing: Drawing) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Text and swatches: per module its shades, then what else is to be seen."""
-    kinds = {box.kind for lane in drawing.lanes for box in lane.boxes}
-    shades = [kind for kind in _SHADES if kind in kinds]
+    seen = {(box.module, box.kind) for lane in drawing.lanes for box in lane.boxes}
     for module, name in enumerate(drawing.modules):
+        shades = [kind for kind in _SHADES if (module, kind) in seen]
         swatches = [(f'class="{kind}{module}"', f"{name} {KIND_NAMES[kind]}") for kind in shades]
-        yield f"{name} ({' '.join(kind.value for kind in shades)})", swatches
+        if shades:
+            yield f"{name} ({' '.join(kind.value for kind in shades)})", swatches
     yield "bubble", [('fill="url(#idle)" stroke="#d3d9df"', "no op runs")]
     strips = {strip.kind for lane in drawing.lanes for strip in lane.strips}
     for kind in TraceKind:
@@ -219,7 +220,7 @@ def _axis(page: _Page, top: float, bottom: float) -> Iterator[str]:
         yield f'<path class="g" d="M{x} {_n(bottom)}v5"/>'
         yield f'<text class="s m" x="{x}" y="{_n(bottom + 18)}">{_tick(time_ns, step_ns)}</text>'
     yield (
-        f'<text class="s" x="{WIDTH - _RIGHT + 10}" y="{_n(bottom + 18)}">time in ms</text>'
+        f'<text class="s" x="{WIDTH - _RIGHT + 30}" y="{_n(bottom + 18)}">time in ms</text>'
         f'<path class="g" d="M{_LEFT} {_n(top)}V{_n(bottom)}"/>'
     )
 
