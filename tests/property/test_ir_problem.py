@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_pipeweaver.ir.codec import problem_from_json, problem_to_json
@@ -109,6 +109,7 @@ def waits_as_the_format_says(problem: Problem) -> set[Wait]:
     return waits
 
 
+@settings(deadline=None)
 @given(any_problem())
 def test_dependencies_are_those_of_the_format(problem: Problem) -> None:
     told = [
@@ -120,6 +121,7 @@ def test_dependencies_are_those_of_the_format(problem: Problem) -> None:
     assert set(told) == waits_as_the_format_says(problem)
 
 
+@settings(deadline=None)
 @given(any_problem())
 def test_every_op_can_run_after_those_it_waits_for(problem: Problem) -> None:
     waiting = {
@@ -132,6 +134,7 @@ def test_every_op_can_run_after_those_it_waits_for(problem: Problem) -> None:
     assert not waiting
 
 
+@settings(deadline=None)
 @given(any_problem())
 def test_problem_files_round_trip(problem: Problem) -> None:
     data = problem_to_json(problem)
