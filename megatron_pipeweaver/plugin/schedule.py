@@ -149,6 +149,8 @@ class PipeWeaverSchedule:
             )
             stages = MegatronStages(context, self.layout, received.plan.plan)
             recorder = Recorder(self._iteration, received.plan.fingerprint)
+            if self._gather_traces:
+                recorder.start(self._communicators.control)
             start_ns = time.perf_counter_ns()
             with _no_gradient_sync(config):
                 Executor(
