@@ -1,0 +1,146 @@
+"""A model chunk: what one pipeline rank holds of one modality module.
+
+Tensor shapes: S sequence, B batch (images, for encoders), H hidden width; C, Y, X image channels,
+height and width; V vocabulary.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.enums import ModelType
+from megatron.core.transformer import MegatronModule
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.ir.layout import ChunkPlace
+from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleSpec
+from megatron_pipeweaver.ir.plan import PlanPass
+from megatron_pipeweaver.models.options import ModelOptions
+from megatron_pipeweaver.models.strategy import StrategyLayer, recomputed_layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkSetting:
+    """All that a chunk is made from.
+
+    `root` is the config that all chunks of a rank share, `config` that of the chunk's own layers;
+    `groups` is Megatron's process group collection.
+    """
+
+    model: ModelSpec
+    module: ModuleSpec
+    place: ChunkPlace
+    root: Any
+    config: Any
+    options: ModelOptions
+    groups: Any
+
+
+class ModelChunk(MegatronModule, abc.ABC):  # type: ignore[misc]
+    """One chunk, with the face that Megatron's wrappers, schedules and optimizers look for.
+
+    Attributes:
+        place: where the chunk stands in its module and on its rank.
+        vp_stage: its index among the rank's chunks; ``get_model`` sets it to the same again.
+        pre_process: whether it is the first chunk of the whole pipeline.
+        post_process: whether it is the last chunk of the whole pipeline.
+        embeds_tokens: whether it holds the token embedding.
+        share_embeddings_and_output_weights: whether the backbone's embeddings are tied.
+        pg_collection: Megatron's process groups.
+        model_type: Megatron's.
+    """
+
+    def __init__(self, setting: ChunkSetting) -> None:
+        super().__init__(config=setting.root)
+        place = setting.place
+        self.place = place
+        self.module_spec = setting.module
+        self.vp_stage = place.virtual_stage
+        self.pre_process = place.is_first and setting.module is setting.model.modules[0]
+        self.post_process = place.is_last and setting.module is setting.model.backbone
+        self.embeds_tokens = False
+        self.share_embeddings_and_output_weights = setting.model.backbone.tied_embeddings
+        self.pg_collection = setting.groups
+        self.model_type = ModelType.encoder_or_decoder
+        self._inputs: tuple[Tensor, ...] = ()
+        self._items: slice = slice(None)
+
+    @property
+    @abc.abstractmethod
+    def layers(self) -> Sequence[StrategyLayer]:
+        """The chunk's transformer layers, in order."""
+
+    @abc.abstractmethod
+    def run(self, batch: Mapping[str, Any], inputs: tuple[Tensor, ...], items: slice) -> Tensor:
+        """The chunk's forward.
+
+        Args:
+            batch: one microbatch's tensors.
+            inputs: what the producers of this pass made, in order.
+            items: which of the module's items the pass works on.
+        """
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The weight that tied embeddings share, on the two chunks that hold it."""
+        return None
+
+    def set_input_tensor(self, input_tensor: Sequence[Tensor | None] | Tensor | None) -> None:
+        """What the next forward takes from the producers of its pass, in their order."""
+        tensors = [input_tensor] if isinstance(input_tensor, Tensor) else (input_tensor or [])
+        self._inputs = tuple(one for one in tensors if one is not None)
+
+    def set_pass(self, one: PlanPass) -> None:
+        """Which pass the next forward runs; without a call, it runs all items in one."""
+        if one.key.module != self.place.module:
+            raise ConfigError(
+                f"chunk {self.place.module}{self.place.stage}: pass {one.key} is of another module"
+            )
+        self._items = slice(one.payload.item_start, one.payload.item_stop)
+
+    def set_strategy(self, name: str) -> None:
+        """Under which memory strategy the next forwards run (`strategy.recomputed_layers`)."""
+        recomputed = recomputed_layers(name, len(self.layers))
+        for index, layer in enumerate(self.layers):
+            layer.recompute = index < recomputed
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Run one stage of one pass, on the inputs and the pass that were set.
+
+        Args:
+            batch: one microbatch's tensors, whichever of ``images`` [items, C, Y, X], ``tokens``,
+                ``labels``, ``position_ids``, ``loss_mask`` [B, S] and ``attention_mask`` the
+                chunk's module reads.
+
+        Returns:
+            The hidden states [S, B, H], never a view; of the backbone's last chunk the loss of
+            every token [B, S], or logits [B, S, V] where there are no labels.
+        """
+        inputs, self._inputs = self._inputs, ()
+        items, self._items = self._items, slice(None)
+        output = self.run(batch, inputs, items)
+        viewless: Tensor = make_viewless_tensor(
+            output, requires_grad=output.requires_grad, keep_graph=True
+        )
+        return viewless
+
+    def only_input(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The one tensor that the stage in front hands over."""
+        if len(inputs) != 1:
+            raise ConfigError(
+                f"chunk {self.place.module}{self.place.stage}: got {len(inputs)} input tensors; "
+                "set the output of the stage in front with set_input_tensor"
+            )
+        return inputs[0]
+
+
+def run_block(block: Any, hidden_SBH: Tensor) -> Tensor:
+    """A transformer block that does not embed, on the output of the one in front of it."""
+    block.set_input_tensor(hidden_SBH)
+    output: Tensor = block(hidden_states=None, attention_mask=None)
+    block.input_tensor = None
+    return output

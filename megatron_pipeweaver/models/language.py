@@ -1,0 +1,145 @@
+"""Chunks of the language model; the first one puts image embeddings in their positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.models.chunk import ChunkSetting, ModelChunk
+from megatron_pipeweaver.models.specs import language_layer_spec
+from megatron_pipeweaver.models.strategy import StrategyLayer
+
+
+@final
+class LanguageChunk(ModelChunk):
+    """Some layers of a GPT: with the token embedding in front, or the output layer behind.
+
+    Parameters are named ``<module>_model.``, as in Megatron's LLaVA model.
+    """
+
+    def __init__(self, setting: ChunkSetting) -> None:
+        super().__init__(setting)
+        module, place, options = setting.module, setting.place, setting.options
+        if module.vocab_size is None:
+            raise ConfigError(f"module {module.name!r}: a language model needs a vocab_size")
+        if options.position_embedding == "rope" and setting.config.kv_channels % 2:
+            raise ConfigError(
+                f"module {module.name!r}: heads are {setting.config.kv_channels} wide, and rotary "
+                "position embeddings turn pairs; choose attention_heads for an even width"
+            )
+        self._model_name = f"{module.name}_model"
+        self._image_token_id = options.image_token_id
+        self._sequence_parallel = setting.config.sequence_parallel
+        self.embeds_tokens = place.is_first
+        model = GPTModel(
+            setting.config,
+            language_layer_spec(options),
+            vocab_size=module.vocab_size,
+            max_sequence_length=options.max_sequence_length,
+            pre_process=place.is_first,
+            post_process=place.is_last,
+            # Gathered logits are modified in place behind a view, which autograd refuses.
+            parallel_output=True,
+            share_embeddings_and_output_weights=module.tied_embeddings,
+            position_embedding_type=options.position_embedding,
+            rotary_base=options.rotary_base,
+            # Images are placed in whole sequences; they are scattered afterwards.
+            scatter_embedding_sequence_parallel=False,
+            pg_collection=setting.groups,
+            vp_stage=place.segment,
+        )
+        self.add_module(self._model_name, model)
+
+    @property
+    def layers(self) -> Sequence[StrategyLayer]:
+        """The chunk's transformer layers."""
+        layers: Sequence[StrategyLayer] = self._model.decoder.layers
+        return layers
+
+    @property
+    def _model(self) -> Any:
+        return getattr(self, self._model_name)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The embedding on the first chunk, the output layer's weight on the last, else `None`."""
+        weight: Tensor | None = self._model.shared_embedding_or_output_weight()
+        return weight
+
+    def run(self, batch: Mapping[str, Any], inputs: tuple[Tensor, ...], items: slice) -> Tensor:
+        """Tokens and image embeddings, or hidden states, to hidden states, losses or logits."""
+        del items  # the backbone works on every sample
+        model = self._model
+        tokens_BS: Tensor = batch["tokens"]
+        position_ids_BS = _positions(batch, tokens_BS)
+        embedded_SBH = None
+        if self.place.is_first:
+            embedded_SBH = self._embed(tokens_BS, position_ids_BS, inputs)
+        else:
+            model.decoder.set_input_tensor(self.only_input(inputs))
+        output: Tensor = model(
+            input_ids=tokens_BS,
+            position_ids=position_ids_BS,
+            attention_mask=batch.get("attention_mask"),
+            decoder_input=embedded_SBH,
+            labels=batch.get("labels") if self.place.is_last else None,
+            loss_mask=batch.get("loss_mask"),
+        )
+        model.decoder.input_tensor = None
+        return output
+
+    def _embed(
+        self, tokens_BS: Tensor, position_ids_BS: Tensor, images: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Token embeddings with image embeddings in their positions, [S, B, H]."""
+        is_image_BS = tokens_BS == self._image_token_id
+        # An image token need not be in the vocabulary; what stands for it is replaced below.
+        embedded_SBH: Tensor = self._model.embedding(
+            input_ids=tokens_BS.masked_fill(is_image_BS, 0), position_ids=position_ids_BS
+        )
+        embedded_SBH = place_image_embeddings(embedded_SBH, is_image_BS, images)
+        if self._sequence_parallel:
+            embedded_SBH = tensor_parallel.scatter_to_sequence_parallel_region(embedded_SBH)
+        return embedded_SBH
+
+
+def place_image_embeddings(
+    embedded_SBH: Tensor, is_image_BS: Tensor, images: Sequence[Tensor]
+) -> Tensor:
+    """`embedded_SBH` with image embeddings wherever `is_image_BS` is true.
+
+    Args:
+        embedded_SBH: the embeddings of all tokens.
+        is_image_BS: the positions that take image embeddings, filled sample by sample.
+        images: the encoder's outputs, one [tokens, images, H] per pass, in the order of the
+            microbatch's images; placed image by image, token by token.
+
+    Raises:
+        ConfigError: the images do not make as many embeddings as there are positions.
+    """
+    positions = is_image_BS.flatten().nonzero().squeeze(1)
+    count = sum(one.shape[0] * one.shape[1] for one in images)
+    if count != len(positions):
+        raise ConfigError(
+            f"image embeddings: {len(images)} passes make {count} of them and the tokens have "
+            f"{len(positions)} image positions; repeat the image token once per embedding"
+        )
+    if not images:
+        return embedded_SBH
+    size_S, size_B, size_H = embedded_SBH.shape
+    features = torch.cat([one.transpose(0, 1).reshape(-1, size_H) for one in images])
+    flat = embedded_SBH.transpose(0, 1).reshape(size_B * size_S, size_H)
+    placed = flat.index_put((positions,), features.to(flat.dtype))
+    return placed.view(size_B, size_S, size_H).transpose(0, 1).contiguous()
+
+
+def _positions(batch: Mapping[str, Any], tokens_BS: Tensor) -> Tensor:
+    given: Tensor | None = batch.get("position_ids")
+    if given is not None:
+        return given
+    return torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)

@@ -1,0 +1,53 @@
+"""What a model is built with, beside its specification and its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_pipeweaver.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_pipeweaver.models.chunk import ModelChunk
+
+POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """How the chunks of a model are made.
+
+    `image_size` is height and width in pixels; `image_token_id` stands in `tokens` wherever an
+    image's embeddings go, once per embedding, and need not be in the vocabulary. `initialize` is
+    called with a rank's new chunks (`parameters.initialize_by_name` under a seed, say).
+    `transformer_engine` is `None` for "where it can be imported and there is a GPU". `common` are
+    fields of every module's `TransformerConfig`, `overrides[module]` those of one module;
+    overrides win.
+    """
+
+    params_dtype: torch.dtype = torch.float32
+    dropout: float = 0.0
+    max_sequence_length: int = 4096
+    image_size: int = 224
+    image_token_id: int = -200
+    position_embedding: str = "rope"
+    rotary_base: int = 10_000
+    transformer_engine: bool | None = None
+    common: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    initialize: Callable[[Sequence[ModelChunk]], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.position_embedding not in POSITION_EMBEDDINGS:
+            raise ConfigError(
+                f"model options: position_embedding is {self.position_embedding!r}; "
+                f"choose one of {POSITION_EMBEDDINGS}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"model options: dropout is {self.dropout}; need 0 <= dropout < 1")
+        for what in ("max_sequence_length", "image_size", "rotary_base"):
+            if getattr(self, what) < 1:
+                raise ConfigError(f"model options: {what} is {getattr(self, what)}; need >= 1")

@@ -1,0 +1,56 @@
+"""Layer specifications: Transformer Engine's layers where it is used, megatron-core's elsewhere."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.vision.vit_layer_specs import (
+    get_vit_layer_with_local_spec,
+    get_vit_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.models.options import ModelOptions
+from megatron_pipeweaver.models.strategy import StrategyLayer
+
+
+def uses_transformer_engine(options: ModelOptions) -> bool:
+    """Whether layers are Transformer Engine's.
+
+    Raises:
+        ConfigError: they are asked for and Transformer Engine cannot be imported.
+    """
+    if options.transformer_engine is None:
+        return bool(HAVE_TE) and torch.cuda.is_available()
+    if options.transformer_engine and not HAVE_TE:
+        raise ConfigError(
+            "model options: transformer_engine is on and Transformer Engine cannot be imported; "
+            "install it, or leave the option out"
+        )
+    return options.transformer_engine
+
+
+def language_layer_spec(options: ModelOptions) -> Any:
+    """A decoder layer with causal attention, under run-time memory strategies."""
+    if uses_transformer_engine(options):
+        return replace(get_gpt_layer_with_transformer_engine_spec(), module=StrategyLayer)
+    return replace(get_gpt_layer_local_spec(), module=StrategyLayer)
+
+
+def vision_layer_spec(options: ModelOptions) -> Any:
+    """A ViT layer in which every patch attends to every other, under run-time strategies."""
+    if uses_transformer_engine(options):
+        return replace(get_vit_layer_with_transformer_engine_spec(), module=StrategyLayer)
+    spec = copy.deepcopy(get_vit_layer_with_local_spec())
+    # megatron-core 0.16.1 asks for a causal mask here, which later versions mend.
+    spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.no_mask
+    return replace(spec, module=StrategyLayer)

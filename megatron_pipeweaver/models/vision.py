@@ -1,0 +1,115 @@
+"""Chunks of a vision transformer; the last one projects into the width of its consumer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import torch
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.transformer import MegatronModule
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.models.chunk import ChunkSetting, ModelChunk, run_block
+from megatron_pipeweaver.models.projector import build_projector
+from megatron_pipeweaver.models.specs import uses_transformer_engine, vision_layer_spec
+from megatron_pipeweaver.models.strategy import StrategyLayer
+
+
+@final
+class VisionChunk(ModelChunk):
+    """Some layers of a ViT: with the patch embedding in front, or the projector behind.
+
+    Parameters are named ``<module>_model.`` and ``<module>_projection.``, as in Megatron's
+    LLaVA model.
+    """
+
+    def __init__(self, setting: ChunkSetting) -> None:
+        super().__init__(setting)
+        module, place = setting.module, setting.place
+        self._model_name = f"{module.name}_model"
+        self._projection_name = f"{module.name}_projection"
+        build = _first_model if place.is_first else _later_model
+        self.add_module(self._model_name, build(setting))
+        if place.is_last and module.output_size is not None:
+            projector = build_projector(module, setting.options, setting.groups)
+            self.add_module(self._projection_name, projector)
+
+    @property
+    def layers(self) -> Sequence[StrategyLayer]:
+        """The chunk's transformer layers."""
+        layers: Sequence[StrategyLayer] = self._model.decoder.layers
+        return layers
+
+    @property
+    def _model(self) -> Any:
+        return getattr(self, self._model_name)
+
+    def run(self, batch: Mapping[str, Any], inputs: tuple[Tensor, ...], items: slice) -> Tensor:
+        """Images, or the hidden states of the stage in front, to hidden states [S, B, H]."""
+        if self.place.is_first:
+            images_BCYX = self._images(batch, items)
+            hidden_SBH = self._model(images_BCYX).permute(1, 0, 2).contiguous()
+        else:
+            hidden_SBH = run_block(self._model.decoder, self.only_input(inputs))
+        projector = getattr(self, self._projection_name, None)
+        output: Tensor = hidden_SBH if projector is None else projector(hidden_SBH)
+        return output
+
+    def _images(self, batch: Mapping[str, Any], items: slice) -> Tensor:
+        if batch.get("images") is None:
+            raise ConfigError(
+                f"chunk {self.place.module}{self.place.stage}: the microbatch has no 'images'; "
+                "a microbatch without images has no vision pass"
+            )
+        images: Tensor = batch["images"][items]
+        return images.to(self._model.conv1.weight.dtype)
+
+
+def _first_model(setting: ChunkSetting) -> Any:
+    """Megatron's CLIP ViT with the chunk's layers and without class token."""
+    module, options = setting.module, setting.options
+    if module.patch_size is None or options.image_size % module.patch_size:
+        raise ConfigError(
+            f"module {module.name!r}: image_size {options.image_size} is not a multiple of "
+            f"patch_size {module.patch_size}"
+        )
+    norm = {} if uses_transformer_engine(options) else {"ln_pre_impl": WrappedTorchNorm}
+    model = CLIPViTModel(
+        setting.config,
+        vision_layer_spec(options),
+        add_class_token=False,
+        class_token_len=0,
+        patch_dim=module.patch_size,
+        img_h=options.image_size,
+        img_w=options.image_size,
+        pg_collection=setting.groups,
+        vp_stage=setting.place.segment,
+        **norm,
+    )
+    if module.image_channels != model.conv1.in_channels:
+        model.conv1 = torch.nn.Conv2d(
+            module.image_channels,
+            module.hidden_size,
+            kernel_size=module.patch_size,
+            stride=module.patch_size,
+            bias=False,
+        )
+    return model
+
+
+def _later_model(setting: ChunkSetting) -> Any:
+    """A block of layers under the name that it has in the whole ViT."""
+    model = MegatronModule(config=setting.config)
+    model.decoder = TransformerBlock(
+        setting.config,
+        vision_layer_spec(setting.options),
+        pre_process=False,
+        post_process=False,
+        pg_collection=setting.groups,
+        vp_stage=setting.place.segment,
+    )
+    return model
