@@ -77,19 +77,19 @@ TRACES = RANKS.flatmap(
 )
 
 
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(SCHEDULES)
 def test_schedule_files_round_trip(schedule: Schedule) -> None:
     assert schedule_from_json(schedule_to_json(schedule)) == schedule
 
 
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(TRACES)
 def test_trace_files_round_trip(trace: Trace) -> None:
     assert trace_from_json(trace_to_json(trace)) == trace
 
 
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(OPS, max_size=3), max_size=3))
 def test_op_names_and_grids_round_trip(ranks: list[list[OpKey]]) -> None:
     text = format_ops(ranks)
@@ -97,7 +97,7 @@ def test_op_names_and_grids_round_trip(ranks: list[list[OpKey]]) -> None:
     assert len(text.splitlines()) == len(ranks)
 
 
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(OPS, OPS)
 def test_op_names_tell_ops_apart(one: OpKey, other: OpKey) -> None:
     assert (format_op(one) == format_op(other)) == (one == other)
@@ -110,7 +110,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(JSON, st.randoms(use_true_random=False))
 def test_a_spoilt_problem_is_read_or_refused_in_one_line(value: object, random: object) -> None:
     root = json.loads(problem_to_json(problem()))

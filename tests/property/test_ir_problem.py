@@ -109,7 +109,7 @@ def waits_as_the_format_says(problem: Problem) -> set[Wait]:
     return waits
 
 
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(any_problem())
 def test_dependencies_are_those_of_the_format(problem: Problem) -> None:
     told = [
@@ -121,7 +121,7 @@ def test_dependencies_are_those_of_the_format(problem: Problem) -> None:
     assert set(told) == waits_as_the_format_says(problem)
 
 
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(any_problem())
 def test_every_op_can_run_after_those_it_waits_for(problem: Problem) -> None:
     waiting = {
@@ -134,7 +134,7 @@ def test_every_op_can_run_after_those_it_waits_for(problem: Problem) -> None:
     assert not waiting
 
 
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(any_problem())
 def test_problem_files_round_trip(problem: Problem) -> None:
     data = problem_to_json(problem)
