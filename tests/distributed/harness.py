@@ -32,7 +32,7 @@ from typing import Any
 _NOTE_BYTES = 400
 _GRACE_S = 15.0
 _LEAVE_S = 5.0
-_PRELOAD = ["numpy", "torch", "torch.distributed", "torch.utils.checkpoint"]
+_PRELOAD = ["numpy", "torch", "torch.distributed", "torch.utils.checkpoint", "torch._dynamo"]
 
 
 class RanksFailedError(AssertionError):
