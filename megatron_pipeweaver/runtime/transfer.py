@@ -11,7 +11,7 @@ numbers serve both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -113,8 +113,7 @@ class ProcessGroupTransport:
         tensor = tensor.contiguous()
         if tensor.numel() == 0:
             return _Done(tensor)
-        work = dist.isend(tensor, pair[1], group=self._groups[pair], tag=message.sequence)
-        return self._pending(message, tensor, work, f"to rank {message.target_rank}")
+        return self._post(dist.isend, pair[1], message, tensor, f"to rank {message.target_rank}")
 
     def irecv(self, message: Message) -> Pending:
         """Post the receive into a new tensor of the message's shape and type."""
@@ -123,17 +122,25 @@ class ProcessGroupTransport:
         tensor = torch.empty(message.shape, dtype=dtype, device=self._device)
         if tensor.numel() == 0:
             return _Done(tensor)
-        work = dist.irecv(tensor, pair[0], group=self._groups[pair], tag=message.sequence)
-        return self._pending(message, tensor, work, f"from rank {message.source_rank}")
+        return self._post(dist.irecv, pair[0], message, tensor, f"from rank {message.source_rank}")
 
     def _pair(self, message: Message) -> tuple[int, int]:
         return self._pipeline[message.source_rank], self._pipeline[message.target_rank]
 
-    def _pending(self, message: Message, tensor: Tensor, work: Any, where: str) -> Pending:
-        if work is None:
-            raise TransferError(f"{describe(message)} {where}: this rank is no end of that link")
-        timeout = self._timeout if self._blocking else None
-        return _Posted(message, tensor, work, where, timeout)
+    def _post(
+        self,
+        post: Callable[..., Any],
+        peer: int,
+        message: Message,
+        tensor: Tensor,
+        where: str,
+    ) -> Pending:
+        group = self._groups[self._pair(message)]
+        try:
+            work = post(tensor, peer, group=group, tag=message.sequence)
+        except RuntimeError as error:
+            raise _failure(message, where, "", error) from error
+        return _Posted(message, tensor, work, where, self._timeout if self._blocking else None)
 
     def _try_link(self, source: int, target: int) -> None:
         """One byte over the link: connects it now, since connecting later would block a post."""
@@ -181,11 +188,15 @@ class _Posted:
                 self._work.wait(self._timeout)
         except RuntimeError as error:
             limit = "" if self._timeout is None else f" within {self._timeout.total_seconds():g} s"
-            raise TransferError(
-                f"{describe(self._message)} {self._where} did not go through{limit}; see that "
-                f"rank's log ({_first_line(error)})"
-            ) from error
+            raise _failure(self._message, self._where, limit, error) from error
         return self._tensor
+
+
+def _failure(message: Message, where: str, limit: str, error: RuntimeError) -> TransferError:
+    return TransferError(
+        f"{describe(message)} {where} did not go through{limit}; see that rank's log "
+        f"({_first_line(error)})"
+    )
 
 
 def _first_line(error: RuntimeError) -> str:

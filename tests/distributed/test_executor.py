@@ -30,7 +30,7 @@ from tests.distributed.harness import RankContext, outcomes_of_ranks, run_on_ran
 from tests.distributed.toy import draw_plan, gradients, run_in_one_process, stages_of
 
 CPU = torch.device("cpu")
-CASES = [(4, seed) for seed in range(20)] + [(2, seed) for seed in range(100, 110)]
+CASES = [(4, seed) for seed in range(14)] + [(2, seed) for seed in range(100, 106)]
 SHAPE = {"max_segments": 3}
 
 
@@ -173,6 +173,7 @@ def test_a_peer_that_is_gone_is_named_in_seconds(dies: bool) -> None:
     assert isinstance(first.error, TransferError), first.describe()
     text = str(first.error)
     assert text.startswith("rank 0, action ")
-    assert "rank 1 did not go through within 1 s; see that rank's log" in text
+    assert "rank 1 did not go through" in text
+    assert "see that rank's log" in text
     assert first.seconds < 25.0
     assert second.hung is not dies
