@@ -28,7 +28,7 @@ from megatron_pipeweaver.semu.operators import (
     sharded_rows,
     split,
 )
-from megatron_pipeweaver.semu.options import RunOptions
+from megatron_pipeweaver.semu.options import Attention, RunOptions
 from megatron_pipeweaver.semu.work import Subgraph
 
 _MODULATIONS = 6
@@ -51,10 +51,10 @@ def transformer_layer(spec: LayerSpec, load: Load, options: RunOptions) -> Subgr
 def _residual(sketch: Sketch, name: str, branch: str, hidden: str) -> str:
     """Add the branch to the residual stream, behind dropout where it is on."""
     elements = sketch.elements(hidden)
-    saves: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
     if sketch.options.dropout:
-        saves = (sketch.tensor(f"{name}.dropout_mask", elements, 1),)
-    return elementwise(sketch, name, (branch, hidden), elements, saves=saves)
+        makes = (sketch.tensor(f"{name}.dropout_mask", elements, sketch.options.mask_bytes),)
+    return elementwise(sketch, name, (branch, hidden), elements, makes=makes)
 
 
 def _modulation_parameters(sketch: Sketch, spec: LayerSpec, load: Load) -> None:
@@ -118,9 +118,17 @@ def _attention_block(sketch: Sketch, spec: LayerSpec, load: Load, hidden: str) -
     )
     query_size, key_size = rows * heads * spec.head_size, rows * groups * spec.head_size
     query, key, value = split(
-        sketch, "split", mixed, {"query": query_size, "key": key_size, "value": key_size}
+        sketch,
+        "split",
+        mixed,
+        {"query": query_size, "key": key_size, "value": key_size},
+        # With fewer groups than heads, queries do not stand side by side.
+        copies=("query",) if groups < heads else (),
     )
-    query, key = _positioned(sketch, spec, query, key)
+    query, key = _positioned(sketch, spec, load, query, key)
+    if options.attention is Attention.DENSE and groups < heads:
+        key = elementwise(sketch, "repeat_key", (key,), query_size)
+        value = elementwise(sketch, "repeat_value", (value,), query_size)
     shape = AttentionShape(
         rows=rows,
         heads=heads,
@@ -141,7 +149,9 @@ def _attention_block(sketch: Sketch, spec: LayerSpec, load: Load, hidden: str) -
     return _residual(sketch, "residual1", _gated(sketch, spec, "gate1", branch), hidden)
 
 
-def _positioned(sketch: Sketch, spec: LayerSpec, query: str, key: str) -> tuple[str, str]:
+def _positioned(
+    sketch: Sketch, spec: LayerSpec, load: Load, query: str, key: str
+) -> tuple[str, str]:
     """Norm per head, then rotary positions, each where the layer has it."""
     if spec.qk_norm:
         names = (("query_norm", query), ("key_norm", key))
@@ -157,9 +167,18 @@ def _positioned(sketch: Sketch, spec: LayerSpec, query: str, key: str) -> tuple[
             for name, source in names
         )
     if spec.rotary:
-        query = elementwise(sketch, "rotary_query", (query,), sketch.elements(query))
-        key = elementwise(sketch, "rotary_key", (key,), sketch.elements(key))
+        query = _rotary(sketch, spec, load, "rotary_query", query)
+        key = _rotary(sketch, spec, load, "rotary_key", key)
     return query, key
+
+
+def _rotary(sketch: Sketch, spec: LayerSpec, load: Load, name: str, source: str) -> str:
+    """Rotated positions; unfused, they keep their sines and cosines, one row per position."""
+    makes: tuple[str, ...] = ()
+    if not sketch.options.fused_rotary:
+        angles = load.sequence * spec.head_size
+        makes = (sketch.tensor(f"{name}.cos", angles), sketch.tensor(f"{name}.sin", angles))
+    return elementwise(sketch, name, (source,), sketch.elements(source), makes=makes)
 
 
 def _cross_attention_block(
@@ -198,6 +217,10 @@ def _cross_attention_block(
     key, value = split(
         sketch, "cross_split", mixed, {"cross_key": key_size, "cross_value": key_size}
     )
+    if options.attention is Attention.DENSE and groups < heads:
+        repeated = context_rows * heads * spec.head_size
+        key = elementwise(sketch, "repeat_cross_key", (key,), repeated)
+        value = elementwise(sketch, "repeat_cross_value", (value,), repeated)
     shape = AttentionShape(
         rows=rows,
         heads=heads,

@@ -9,68 +9,85 @@ from megatron_pipeweaver.ir.lmm import ModuleSpec
 from megatron_pipeweaver.ir.problem import Strategy
 from megatron_pipeweaver.semu.cost import CostRule, OperatorCosts
 from megatron_pipeweaver.semu.devices import DeviceProfile
+from megatron_pipeweaver.semu.graph import Memory, Store, emulate
 from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.options import RunOptions
 from megatron_pipeweaver.semu.reuse import Reuse
 from megatron_pipeweaver.semu.stages import Part, stage_parts
+from megatron_pipeweaver.semu.strategies import LayerStrategy, held_tensors, recomputed
+from megatron_pipeweaver.semu.training import backward_graph, forward_graph
 from megatron_pipeweaver.semu.work import OperatorClass, Phase, Queue, Subgraph, Work
 
-KEEP = "keep"
-"""Every activation stays until its backward."""
-RECOMPUTE = "recompute"
-"""Layers keep their input alone and run their forward again in front of their backward."""
+DEFAULT_STRATEGIES = (LayerStrategy.KEEP, LayerStrategy.RECOMPUTE)
+_MEMORY = Memory(0, Store.DEVICE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphCost:
-    """One subgraph on one rank: times, what it keeps, and what its input alone takes."""
+    """One subgraph on one rank, under one strategy.
+
+    `backward_ns` holds input gradients and all that runs again, `weight_grad_ns` the weight
+    gradients; their sum is the backward in one piece. `held_bytes` stay from the forward to the
+    backward, on the device or, for `host_bytes`, in host memory, which takes `copy_ns` each way.
+    The peaks are those of this subgraph alone, what it holds included.
+    """
 
     forward_ns: int
-    input_grad_ns: int
+    backward_ns: int
     weight_grad_ns: int
-    saved_bytes: int
-    input_bytes: int
+    held_bytes: int
+    host_bytes: int
+    copy_ns: int
+    forward_peak_bytes: int
+    backward_peak_bytes: int
+
+    @property
+    def working_bytes(self) -> int:
+        """What is needed for a while on top of `held_bytes`."""
+        return max(self.forward_peak_bytes, self.backward_peak_bytes) - self.held_bytes
 
 
 class AnalyticCostModel:
-    """Times and memory from the roofline; a `CostModel`.
+    """Times and memory from emulated operator graphs; a `CostModel`.
 
     Args:
         profile: the device that every rank is.
         options: implementation, element types and parallel sizes.
         rules: a user's own latencies by operator class.
         reuse: where results are kept; one of its own if none is given.
+        strategies: the candidates for a stage's layers, all of them alike.
     """
 
-    __slots__ = ("_costs", "options", "profile", "reuse")
+    __slots__ = ("_context", "_costs", "options", "profile", "reuse", "strategies")
 
     def __init__(
         self,
         profile: DeviceProfile,
         options: RunOptions,
+        *,
         rules: Mapping[OperatorClass, CostRule] | None = None,
         reuse: Reuse | None = None,
+        strategies: tuple[LayerStrategy, ...] = DEFAULT_STRATEGIES,
     ) -> None:
         self.profile = profile
         self.options = options
         self.reuse = Reuse() if reuse is None else reuse
-        scale_out = set()
-        if options.parallel.world_size > profile.scale_up_ranks:
-            scale_out |= {Queue.PIPELINE_LINK, Queue.DATA_LINK}
-        if options.parallel.tensor > profile.scale_up_ranks:
-            scale_out.add(Queue.TENSOR_LINK)
-        self._costs = OperatorCosts(profile, rules, frozenset(scale_out))
+        self.strategies = strategies
+        self._costs = OperatorCosts(profile, rules, _scale_out_queues(profile, options))
+        # Models that share a `Reuse` share results only where all of this is equal.
+        self._context = self.reuse.context((profile, options, strategies, rules))
 
     def stage_strategies(
         self, module: ModuleSpec, stage: StageShape, load: Load
     ) -> tuple[Strategy, ...]:
-        """``keep`` and, where the stage has layers, ``recompute``, of one stage pair on one rank.
+        """The candidates of one stage pair on one rank; a stage without layers has ``keep`` alone.
 
         A frozen module's weight gradient takes no time; whether it has a backward at all is the
         pass's affair. Times in nanoseconds, memory in bytes.
         """
         return self.reuse.get(
-            ("stage", module, stage, load), lambda: self._strategies(module, stage, load)
+            (self._context, "stage", module, stage, load),
+            lambda: self._stage_strategies(module, stage, load),
         )
 
     def p2p_latency_ns(self, size_bytes: int) -> int:
@@ -79,59 +96,112 @@ class AnalyticCostModel:
             Work(network_bytes=size_bytes, steps=1), OperatorClass.SEND, Queue.PIPELINE_LINK
         )
 
-    def graph_cost(self, graph: Subgraph) -> GraphCost:
-        """Times and memory of one subgraph."""
-        phases = {
-            phase: sum(self._costs.latency_ns(one, phase) for one in graph.operators)
-            for phase in Phase
-        }
-        return GraphCost(
-            forward_ns=phases[Phase.FORWARD],
-            input_grad_ns=phases[Phase.INPUT_GRAD],
-            weight_grad_ns=phases[Phase.WEIGHT_GRAD],
-            saved_bytes=graph.saved_bytes,
-            input_bytes=graph.tensors[0].size_bytes if graph.tensors else 0,
+    def working_bytes(self, module: ModuleSpec, stage: StageShape, load: Load) -> int:
+        """Device memory that a stage needs for a while, beyond what its strategies hold."""
+        return max(
+            (
+                self.graph_cost(part.graph, strategy).working_bytes
+                for part in self._parts(module, stage, load)
+                for strategy in (self.strategies if part.is_layer else DEFAULT_STRATEGIES[:1])
+            ),
+            default=0,
         )
 
-    def _strategies(
+    def graph_cost(
+        self, graph: Subgraph, strategy: LayerStrategy = LayerStrategy.KEEP
+    ) -> GraphCost:
+        """Times and memory of one subgraph under one strategy."""
+        return self.reuse.get(
+            (self._context, "graph", graph, strategy), lambda: self._emulate(graph, strategy)
+        )
+
+    def latency_ns(self, graph: Subgraph, phase: Phase) -> int:
+        """Sum of the latencies of one phase of all operators, as if nothing ran side by side."""
+        return sum(self._costs.latency_ns(one, phase) for one in graph.operators)
+
+    def _parts(self, module: ModuleSpec, stage: StageShape, load: Load) -> tuple[Part, ...]:
+        return self.reuse.get(
+            (self._context, "parts", module, stage, load),
+            lambda: stage_parts(module, stage, load, self.options),
+        )
+
+    def _emulate(self, graph: Subgraph, strategy: LayerStrategy) -> GraphCost:
+        again = recomputed(strategy, graph)
+        latency = self._costs.latency_ns
+        forward = emulate(forward_graph(graph, latency, again))
+        backward = emulate(backward_graph(graph, latency, again))
+        # A backward in one piece takes what its graph takes; a weight gradient that runs apart
+        # takes its operators' time.
+        weight_grad_ns = sum(
+            latency(one, Phase.WEIGHT_GRAD) for one in graph.operators if one.queue is Queue.COMPUTE
+        )
+        weight_grad_ns = min(weight_grad_ns, backward.duration_ns)
+        held = sum(one.size_bytes for one in held_tensors(graph, again))
+        to_host = held if strategy is LayerStrategy.OFFLOAD else 0
+        return GraphCost(
+            forward_ns=forward.duration_ns,
+            backward_ns=backward.duration_ns - weight_grad_ns,
+            weight_grad_ns=weight_grad_ns,
+            held_bytes=held - to_host,
+            host_bytes=to_host,
+            copy_ns=self._copy_ns(to_host),
+            forward_peak_bytes=forward.peak_bytes(_MEMORY),
+            backward_peak_bytes=backward.peak_bytes(_MEMORY),
+        )
+
+    def _copy_ns(self, size_bytes: int) -> int:
+        if not size_bytes:
+            return 0
+        work = Work(network_bytes=size_bytes, steps=1)
+        return self._costs.work_ns(work, OperatorClass.HOST_COPY, Queue.HOST_LINK)
+
+    def _stage_strategies(
         self, module: ModuleSpec, stage: StageShape, load: Load
     ) -> tuple[Strategy, ...]:
-        parts = stage_parts(module, stage, load, self.options)
-        costs = [(part, self.graph_cost(part.graph)) for part in parts]
-        keep = Strategy(
-            name=KEEP,
-            forward_ns=sum(part.copies * cost.forward_ns for part, cost in costs),
-            backward_ns=sum(part.copies * cost.input_grad_ns for part, cost in costs),
-            weight_grad_ns=(
-                0
-                if module.frozen
-                else sum(part.copies * cost.weight_grad_ns for part, cost in costs)
-            ),
-            memory_bytes=self._held(module, load, costs, recompute=False),
-        )
-        if not stage.layers:
-            return (keep,)
-        again = sum(part.copies * cost.forward_ns for part, cost in costs if part.is_layer)
-        recompute = Strategy(
-            name=RECOMPUTE,
-            forward_ns=keep.forward_ns,
-            backward_ns=keep.backward_ns + again,
-            weight_grad_ns=keep.weight_grad_ns,
-            memory_bytes=self._held(module, load, costs, recompute=True),
-        )
-        return keep, recompute
+        parts = self._parts(module, stage, load)
+        candidates = self.strategies if stage.layers else DEFAULT_STRATEGIES[:1]
+        return tuple(self._stage_strategy(module, load, parts, strategy) for strategy in candidates)
 
-    def _held(
-        self,
-        module: ModuleSpec,
-        load: Load,
-        costs: list[tuple[Part, GraphCost]],
-        *,
-        recompute: bool,
-    ) -> int:
-        """Bytes from the forward to the backward; at least the tensor that the stage is given."""
-        held = sum(
-            part.copies * (cost.input_bytes if recompute and part.is_layer else cost.saved_bytes)
-            for part, cost in costs
+    def _stage_strategy(
+        self, module: ModuleSpec, load: Load, parts: tuple[Part, ...], strategy: LayerStrategy
+    ) -> Strategy:
+        """One strategy in all layers of a stage; what is no layer keeps everything."""
+        forward_ns = backward_ns = weight_grad_ns = held = copies_ns = fetch_ns = 0
+        for part in parts:
+            cost = self.graph_cost(part.graph, strategy if part.is_layer else LayerStrategy.KEEP)
+            forward_ns += part.copies * cost.forward_ns
+            backward_ns += part.copies * cost.backward_ns
+            weight_grad_ns += part.copies * cost.weight_grad_ns
+            held += part.copies * cost.held_bytes
+            copies_ns += part.copies * cost.copy_ns
+            fetch_ns = cost.copy_ns or fetch_ns
+        # Copies hide behind the compute of other layers; the first one that the backward needs
+        # comes before anything that it could hide behind.
+        exposed_ns = max(0, copies_ns - backward_ns - weight_grad_ns, fetch_ns)
+        context = sum(load.context_lengths) * (module.layer.context_size or 0)
+        hidden = load.tokens * module.hidden_size // _sequence_shards(self.options)
+        return Strategy(
+            name=strategy.value,
+            forward_ns=max(forward_ns, copies_ns),
+            backward_ns=backward_ns + exposed_ns,
+            weight_grad_ns=0 if module.frozen else weight_grad_ns,
+            memory_bytes=max(held, hidden * self.options.element_bytes)
+            + context * self.options.element_bytes,
         )
-        return max(held, load.tokens * module.hidden_size * self.options.element_bytes)
+
+
+def _sequence_shards(options: RunOptions) -> int:
+    return options.parallel.tensor if options.parallel.sequence_parallel else 1
+
+
+def _scale_out_queues(profile: DeviceProfile, options: RunOptions) -> frozenset[Queue]:
+    """Queues whose messages leave the node, by Megatron's order of ranks (tensor ranks closest)."""
+    parallel = options.parallel
+    reach = {
+        Queue.TENSOR_LINK: parallel.tensor,
+        Queue.CONTEXT_LINK: parallel.tensor * parallel.context,
+        Queue.EXPERT_LINK: parallel.tensor * parallel.expert,
+        Queue.DATA_LINK: parallel.tensor * parallel.context * parallel.data,
+        Queue.PIPELINE_LINK: parallel.world_size,
+    }
+    return frozenset(queue for queue, ranks in reach.items() if ranks > profile.scale_up_ranks)

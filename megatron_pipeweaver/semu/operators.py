@@ -42,6 +42,7 @@ class Sketch:
         *,
         parameter: bool = False,
         external: bool = False,
+        base: str | None = None,
     ) -> str:
         """Add a tensor; returns its name."""
         self.tensors.append(
@@ -51,6 +52,7 @@ class Sketch:
                 element_bytes=element_bytes or self.options.element_bytes,
                 parameter=parameter,
                 external=external,
+                base=base,
             )
         )
         return name
@@ -136,8 +138,10 @@ def norm(
         parameters.append(sketch.tensor(f"{name}.bias", width, parameter=True))
     kept = sketch.tensor(f"{name}.statistics", rows if rms else 2 * rows, STATISTIC_BYTES)
     saves = [source, kept, *parameters[:1]]
+    made = [kept]
     if rms and not sketch.options.fused_norm:
-        saves.append(sketch.tensor(f"{name}.scaled", rows * width))
+        made.append(sketch.tensor(f"{name}.scaled", rows * width))
+        saves.append(made[-1])
     output = sketch.tensor(f"{name}.out", rows * width)
     moved = rows * width * sketch.options.element_bytes
     sketch.operators.append(
@@ -145,7 +149,7 @@ def norm(
             name=name,
             kind=OperatorClass.NORM,
             inputs=(source, *parameters),
-            outputs=(output, kept),
+            outputs=(output, *made),
             saves=tuple(saves),
             forward=Work(memory_bytes=2 * moved),
             input_grad=Work(memory_bytes=3 * moved),
@@ -162,22 +166,25 @@ def elementwise(
     elements: int,
     *,
     saves: tuple[str, ...] = (),
+    makes: tuple[str, ...] = (),
     backward: bool = True,
 ) -> str:
-    """Any operator that reads its sources once and writes `elements`."""
+    """Any operator that reads its sources once and writes `elements`.
+
+    It keeps `saves`, and `makes`, which it writes for its backward alone.
+    """
     output = sketch.tensor(f"{name}.out", elements)
     moved = sketch.bytes_of(*sources, output)
+    kept = saves + makes
     sketch.operators.append(
         Operator(
             name=name,
             kind=OperatorClass.ELEMENTWISE,
             inputs=sources,
-            outputs=(output,),
-            saves=saves,
+            outputs=(output, *makes),
+            saves=kept,
             forward=Work(memory_bytes=moved),
-            input_grad=(
-                Work(memory_bytes=moved + sketch.bytes_of(*saves)) if backward else NO_WORK
-            ),
+            input_grad=(Work(memory_bytes=moved + sketch.bytes_of(*kept)) if backward else NO_WORK),
         )
     )
     return output
@@ -185,25 +192,37 @@ def elementwise(
 
 def activation(sketch: Sketch, name: str, source: str, elements: int, *, gated: bool) -> str:
     """GELU, or SwiGLU of the two halves of `source`; keeps its input."""
-    saves: tuple[str, ...] = (source,)
+    makes: tuple[str, ...] = ()
     if gated and not sketch.options.fused_activation:
-        saves += (sketch.tensor(f"{name}.gate", elements),)
-    return elementwise(sketch, name, (source,), elements, saves=saves)
+        # Megatron's own: the activated half, and the other one with an offset added.
+        makes = (sketch.tensor(f"{name}.gate", elements), sketch.tensor(f"{name}.up", elements))
+    return elementwise(sketch, name, (source,), elements, saves=(source,), makes=makes)
 
 
-def split(sketch: Sketch, name: str, source: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Views of `source` by name; no work."""
-    views = tuple(sketch.tensor(view, elements) for view, elements in sizes.items())
+def split(
+    sketch: Sketch,
+    name: str,
+    source: str,
+    sizes: Mapping[str, int],
+    copies: tuple[str, ...] = (),
+) -> tuple[str, ...]:
+    """Parts of `source` by name: views, except `copies`; the backward joins their gradients."""
+    parts = tuple(
+        sketch.tensor(part, elements, base=None if part in copies else source)
+        for part, elements in sizes.items()
+    )
+    copied = 2 * sketch.bytes_of(*copies)
     sketch.operators.append(
         Operator(
             name=name,
             kind=OperatorClass.ELEMENTWISE,
             inputs=(source,),
-            outputs=views,
-            forward=NO_WORK,
+            outputs=parts,
+            forward=Work(memory_bytes=copied) if copies else NO_WORK,
+            input_grad=Work(memory_bytes=2 * sketch.bytes_of(source)),
         )
     )
-    return views
+    return parts
 
 
 def pairs(load: Load, kind: Attention, *, causal: bool, window: int | None = None) -> int:
@@ -265,19 +284,20 @@ def attention(
     scores = shape.heads * shape.pairs
     flops = 4 * scores * shape.head_size
     moved = sketch.bytes_of(query, key, value, output)
-    kept: list[str] = [query, key, value]
+    made: list[str] = []
+    kept_output: tuple[str, ...] = ()
     if sketch.options.attention is Attention.DENSE:
         probabilities = sketch.tensor(f"{name}.probabilities", scores)
-        kept.append(probabilities)
+        made.append(probabilities)
         if sketch.options.dropout:
-            kept.append(sketch.tensor(f"{name}.dropped", scores))
-            kept.append(sketch.tensor(f"{name}.dropout_mask", scores, 1))
+            made.append(sketch.tensor(f"{name}.dropped", scores))
+            made.append(sketch.tensor(f"{name}.dropout_mask", scores, sketch.options.mask_bytes))
         passes_over_scores = 4
         moved += passes_over_scores * sketch.bytes_of(probabilities)
         backward_flops = 2 * flops
     else:
-        kept.append(output)
-        kept.append(sketch.tensor(f"{name}.statistics", shape.rows * shape.heads, STATISTIC_BYTES))
+        kept_output = (output,)
+        made.append(sketch.tensor(f"{name}.statistics", shape.rows * shape.heads, STATISTIC_BYTES))
         backward_flops = 5 * flops // 2
     mean_length = max(1, shape.pairs // max(1, shape.rows))
     sketch.operators.append(
@@ -285,8 +305,8 @@ def attention(
             name=name,
             kind=OperatorClass.ATTENTION,
             inputs=(query, key, value),
-            outputs=(output,),
-            saves=tuple(kept),
+            outputs=(output, *made),
+            saves=(query, key, value, *made, *kept_output),
             forward=Work(
                 flops=flops,
                 memory_bytes=moved,

@@ -23,8 +23,9 @@ class RunOptions:
     """What shapes cost besides the model itself; one value for a whole job.
 
     `element_bytes` is that of weights and activations, `gradient_bytes` that of the gradient
-    accumulation buffer. `fused_norm` and `fused_activation` say that a norm, or a gated
-    activation, keeps its input alone (Transformer Engine, Apex, fused kernels).
+    accumulation buffer, `mask_bytes` that of a dropout mask (the CPU keeps activations' type).
+    `fused_norm`, `fused_activation` and `fused_rotary` say that an RMS norm and a gated activation
+    keep their input alone, and rotary positions nothing (Transformer Engine, Apex, CUDA kernels).
     """
 
     parallel: ParallelSizes = field(default_factory=lambda: ParallelSizes(pipeline=1))
@@ -33,11 +34,25 @@ class RunOptions:
     gradient_bytes: int = 4
     fused_norm: bool = True
     fused_activation: bool = True
+    fused_rotary: bool = True
     dropout: bool = False
+    mask_bytes: int = 1
 
     def __post_init__(self) -> None:
-        if self.element_bytes < 1 or self.gradient_bytes < 1:
-            raise ConfigError(
-                f"run options: element_bytes={self.element_bytes}, "
-                f"gradient_bytes={self.gradient_bytes}; both must be >= 1"
-            )
+        for what in ("element_bytes", "gradient_bytes", "mask_bytes"):
+            if getattr(self, what) < 1:
+                raise ConfigError(f"run options: {what} is {getattr(self, what)}; it must be >= 1")
+
+    @classmethod
+    def unfused(cls, element_bytes: int = 4, dropout: bool = False) -> RunOptions:
+        """Megatron's own layers on a CPU: nothing fused, dense attention."""
+        return cls(
+            attention=Attention.DENSE,
+            element_bytes=element_bytes,
+            gradient_bytes=element_bytes,
+            fused_norm=False,
+            fused_activation=False,
+            fused_rotary=False,
+            dropout=dropout,
+            mask_bytes=element_bytes,
+        )

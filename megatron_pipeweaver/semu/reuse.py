@@ -18,13 +18,20 @@ class Reuse:
     A disabled one recomputes everything; results are the same.
     """
 
-    __slots__ = ("_enabled", "_found", "hits", "misses")
+    __slots__ = ("_contexts", "_enabled", "_found", "hits", "misses")
 
     def __init__(self, *, enabled: bool = True) -> None:
         self._enabled = enabled
+        self._contexts: list[object] = []
         self._found: dict[Hashable, object] = {}
         self.hits = 0
         self.misses = 0
+
+    def context(self, settings: object) -> int:
+        """A small key for `settings`, the same for equal ones; it stands first in other keys."""
+        if settings not in self._contexts:
+            self._contexts.append(settings)
+        return self._contexts.index(settings)
 
     def get(self, key: Hashable, make: Callable[[], _V]) -> _V:
         """What `make` returns for `key`, made once; keys of different kinds must differ."""

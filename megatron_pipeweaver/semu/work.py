@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -34,6 +35,7 @@ class Queue(StrEnum):
     TENSOR_LINK = "tensor_link"
     PIPELINE_LINK = "pipeline_link"
     DATA_LINK = "data_link"
+    CONTEXT_LINK = "context_link"
     EXPERT_LINK = "expert_link"
     HOST_LINK = "host_link"
 
@@ -77,7 +79,8 @@ NO_WORK = Work(kernels=0)
 class Tensor:
     """A tensor node; all but `parameter` and `external` ones live as long as they are needed.
 
-    `external` tensors belong to another subgraph, which counts them.
+    `external` tensors belong to another subgraph, which counts them. A tensor with a `base` is a
+    view: keeping it keeps the base's bytes, whole.
     """
 
     name: str
@@ -85,6 +88,7 @@ class Tensor:
     element_bytes: int
     parameter: bool = False
     external: bool = False
+    base: str | None = None
 
     def __post_init__(self) -> None:
         if self.elements < 0 or self.element_bytes < 1:
@@ -156,12 +160,22 @@ class Subgraph:
 
     def saved(self) -> tuple[Tensor, ...]:
         """The tensors, parameters apart, that the forward keeps for the backward."""
-        kept = {name for one in self.operators for name in one.saves}
+        return self.stored(name for one in self.operators for name in one.saves)
+
+    def stored(self, names: Iterable[str]) -> tuple[Tensor, ...]:
+        """The tensors whose bytes `names` are in: no views, no parameters, none of others."""
+        bases = self.bases
+        wanted = {bases.get(name, name) for name in names}
         return tuple(
             one
             for one in self.tensors
-            if one.name in kept and not one.parameter and not one.external
+            if one.name in wanted and not one.parameter and not one.external
         )
+
+    @property
+    def bases(self) -> Mapping[str, str]:
+        """The tensor that each view is a view of."""
+        return {one.name: one.base for one in self.tensors if one.base is not None}
 
     @property
     def saved_bytes(self) -> int:

@@ -1,0 +1,91 @@
+"""Memory strategies of one layer: what it keeps, runs again, or sends to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from types import MappingProxyType
+
+from megatron_pipeweaver.semu.work import Subgraph, Tensor
+
+
+class LayerStrategy(StrEnum):
+    """How a layer spends memory between its forward and its backward."""
+
+    KEEP = "keep"
+    """Every activation stays."""
+    RECOMPUTE = "recompute"
+    """The input alone stays; the whole forward runs again in front of the backward."""
+    ATTENTION = "recompute_attention"
+    """What attention keeps for itself is computed again from query, key and value."""
+    NORM = "recompute_norm"
+    """Outputs of norms are dropped and computed again from their inputs."""
+    LIGHT = "recompute_light"
+    """Outputs of norms and activations are dropped and computed again from their inputs."""
+    MLP = "recompute_mlp"
+    """The MLP keeps its input alone."""
+    OFFLOAD = "offload"
+    """Activations wait in host memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recomputed:
+    """Which operators run again, and whether what they hand to others is dropped as well."""
+
+    operators: frozenset[str] = frozenset()
+    drops_outputs: bool = False
+    whole: bool = False
+
+
+_NORMS = frozenset({"norm1", "norm2", "norm_cross"})
+_ACTIVATIONS = frozenset({"activation", "expert_activation", "shared_activation"})
+_ATTENTIONS = frozenset({"attention", "cross_attention", "repeat_key", "repeat_value"})
+_MLP = frozenset({"enter_mlp", "fc1", "activation", "fc2", "leave_mlp"})
+
+_SELECTIVE: Mapping[LayerStrategy, Recomputed] = MappingProxyType(
+    {
+        LayerStrategy.ATTENTION: Recomputed(operators=_ATTENTIONS),
+        LayerStrategy.NORM: Recomputed(operators=_NORMS, drops_outputs=True),
+        LayerStrategy.LIGHT: Recomputed(operators=_NORMS | _ACTIVATIONS, drops_outputs=True),
+        LayerStrategy.MLP: Recomputed(operators=_MLP),
+    }
+)
+
+
+def recomputed(strategy: LayerStrategy, graph: Subgraph) -> Recomputed:
+    """The operators of `graph` that `strategy` runs again."""
+    names = frozenset(one.name for one in graph.operators)
+    if strategy is LayerStrategy.RECOMPUTE:
+        return Recomputed(operators=names, drops_outputs=True, whole=True)
+    found = _SELECTIVE.get(strategy, Recomputed())
+    return replace(found, operators=found.operators & names)
+
+
+def held_tensors(graph: Subgraph, again: Recomputed) -> tuple[Tensor, ...]:
+    """The tensors that stay on the device (or go to the host) from forward to backward.
+
+    A kept tensor is dropped when an operator that runs again writes it and either nobody else
+    keeps it or outputs are dropped; what such an operator reads stays.
+    """
+    if not again.operators:
+        return graph.saved()
+    bases = graph.bases
+    producer = {name: one.name for one in graph.operators for name in one.outputs}
+    keepers: dict[str, set[str]] = {}
+    for one in graph.operators:
+        for name in one.saves:
+            keepers.setdefault(bases.get(name, name), set()).add(one.name)
+    dropped = {
+        name
+        for name, by in keepers.items()
+        if producer.get(name) in again.operators and (again.drops_outputs or by <= again.operators)
+    }
+    needed = {
+        bases.get(name, name)
+        for one in graph.operators
+        if one.name in again.operators
+        for name in one.inputs
+        if producer.get(bases.get(name, name)) not in again.operators
+    }
+    return graph.stored((keepers.keys() - dropped) | needed)

@@ -1,0 +1,183 @@
+"""One subgraph's forward and backward as graphs of operator and tensor nodes.
+
+The backward runs the operators in reverse: what was dropped is computed again where it is first
+needed, then the input gradient, then the weight gradient, so that communication of the one hides
+behind the other. Parameters, their gradients and tensors of other subgraphs take no memory here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from megatron_pipeweaver.semu.graph import Device, Graph, Memory, OperatorNode, Store, TensorNode
+from megatron_pipeweaver.semu.strategies import Recomputed, held_tensors
+from megatron_pipeweaver.semu.work import NO_WORK, Operator, OperatorClass, Phase, Subgraph
+
+Latency = Callable[[Operator, Phase], int]
+"""Nanoseconds of one phase of an operator."""
+
+_RANK = 0
+_MEMORY = Memory(_RANK, Store.DEVICE)
+
+
+@dataclass(slots=True)
+class _Builder:
+    """Nodes in the making; tensors are found by name, gradients as ``grad:<name>``."""
+
+    subgraph: Subgraph
+    latency: Latency
+    operators: list[OperatorNode] = field(default_factory=list)
+    tensors: list[TensorNode] = field(default_factory=list)
+    index: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    bases: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.bases = self.subgraph.bases
+        self.sizes = {
+            one.name: one.size_bytes
+            for one in self.subgraph.tensors
+            if not one.parameter and not one.external
+        }
+
+    def tensor(self, name: str, size_bytes: int) -> int:
+        """Index of the tensor node `name`, made where there is none yet."""
+        if name not in self.index:
+            self.index[name] = len(self.tensors)
+            self.tensors.append(TensorNode(name, size_bytes, _MEMORY))
+        return self.index[name]
+
+    def activations(self, names: Iterable[str]) -> tuple[int, ...]:
+        """Nodes of those `names` that take memory here, each once."""
+        return tuple(
+            self.tensor(name, self.sizes[name])
+            for name in dict.fromkeys(self.bases.get(name, name) for name in names)
+            if name in self.sizes
+        )
+
+    def gradients(self, names: Iterable[str]) -> tuple[int, ...]:
+        """Nodes of the gradients of those `names` that take memory here, each once."""
+        return tuple(
+            self.tensor(f"grad:{name}", self.sizes[name])
+            for name in dict.fromkeys(names)
+            if name in self.sizes
+        )
+
+    def add(
+        self, one: Operator, phase: Phase, reads: tuple[int, ...], writes: tuple[int, ...]
+    ) -> None:
+        """Add one phase of an operator."""
+        self.operators.append(
+            OperatorNode(
+                f"{one.name}.{phase}",
+                Device(_RANK, one.queue),
+                self.latency(one, phase),
+                reads,
+                writes,
+            )
+        )
+
+    def run_forward(self, one: Operator) -> None:
+        """Add the forward of an operator."""
+        self.add(one, Phase.FORWARD, self.activations(one.inputs), self.activations(one.outputs))
+
+    def hold(self, tensors: tuple[int, ...]) -> None:
+        """Keep `tensors` to the end of everything so far."""
+        devices = {one.device: index for index, one in enumerate(self.operators)}
+        last = tuple(sorted(devices.values()))
+        device = self.operators[-1].device if self.operators else None
+        if device is not None:
+            self.operators.append(OperatorNode("end", device, 0, tensors, (), last))
+
+    def finish(self) -> Graph:
+        """The graph."""
+        return Graph(operators=tuple(self.operators), tensors=tuple(self.tensors))
+
+
+def forward_graph(subgraph: Subgraph, latency: Latency, again: Recomputed) -> Graph:
+    """The forward; what it keeps and what it hands on is held to its end."""
+    build = _Builder(subgraph, latency)
+    for one in subgraph.operators:
+        build.run_forward(one)
+    kept = [one.name for one in held_tensors(subgraph, again)]
+    if subgraph.operators:
+        kept.extend(subgraph.operators[-1].outputs[:1])
+    build.hold(build.activations(kept))
+    return build.finish()
+
+
+def backward_graph(
+    subgraph: Subgraph, latency: Latency, again: Recomputed, *, weight_grad: bool = True
+) -> Graph:
+    """The backward from the gradient of the last output, with what has to run again.
+
+    Args:
+        subgraph: whose backward.
+        latency: nanoseconds of operators.
+        again: what the forward dropped.
+        weight_grad: run weight gradients as well.
+    """
+    build = _Builder(subgraph, latency)
+    at_hand = {one.name for one in held_tensors(subgraph, again)}
+    build.activations(at_hand_in_order(subgraph, at_hand))
+    producers = {name: one for one in subgraph.operators for name in reversed(one.outputs)}
+    if again.whole:
+        for one in subgraph.operators:
+            build.run_forward(one)
+            at_hand.update(one.outputs)
+    if subgraph.operators:
+        build.gradients(subgraph.operators[-1].outputs[:1])
+    for one in reversed(subgraph.operators):
+        for name in one.saves:
+            _bring_back(build, name, at_hand, producers)
+        _add_gradients(build, one, producers, weight_grad=weight_grad)
+    return build.finish()
+
+
+def at_hand_in_order(subgraph: Subgraph, names: set[str]) -> list[str]:
+    """`names` in the subgraph's order, so that equal inputs give equal graphs."""
+    return [one.name for one in subgraph.tensors if one.name in names]
+
+
+def _bring_back(
+    build: _Builder, name: str, at_hand: set[str], producers: dict[str, Operator]
+) -> None:
+    """Run again what writes `name`, and what that reads, unless it is at hand."""
+    name = build.bases.get(name, name)
+    if name in at_hand or name not in build.sizes or name not in producers:
+        return
+    one = producers[name]
+    for source in one.inputs:
+        _bring_back(build, source, at_hand, producers)
+    build.run_forward(one)
+    at_hand.update(one.outputs)
+
+
+def _add_gradients(
+    build: _Builder, one: Operator, producers: dict[str, Operator], *, weight_grad: bool
+) -> None:
+    """Input gradient, then weight gradient, of one operator."""
+    received = tuple(
+        build.index[f"grad:{name}"] for name in one.outputs if f"grad:{name}" in build.index
+    )
+    kept = build.activations(one.saves)
+    needs_inputs = one.input_grad != NO_WORK or one.weight_grad == NO_WORK
+    gathered = _gather_again(build, one, producers) if weight_grad else ()
+    if needs_inputs:
+        build.add(one, Phase.INPUT_GRAD, received + kept, build.gradients(one.inputs))
+    if weight_grad and one.weight_grad != NO_WORK and one.kind is not OperatorClass.ALL_GATHER:
+        build.add(one, Phase.WEIGHT_GRAD, received + kept + gathered, ())
+
+
+def _gather_again(
+    build: _Builder, one: Operator, producers: dict[str, Operator]
+) -> tuple[int, ...]:
+    """With sequence parallelism a linear keeps its shard, so its whole input is gathered again."""
+    source = producers.get(one.inputs[0]) if one.inputs else None
+    if source is None or source.kind is not OperatorClass.ALL_GATHER or one.weight_grad == NO_WORK:
+        return ()
+    whole = source.outputs[0]
+    tensor = build.tensor(f"again:{whole}", build.sizes[whole])
+    build.add(source, Phase.WEIGHT_GRAD, build.activations(source.inputs), (tensor,))
+    return (tensor,)

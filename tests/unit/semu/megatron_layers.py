@@ -1,0 +1,132 @@
+"""Real megatron-core layers on the CPU, and what they compute and keep."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # read when megatron-core is imported
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+from megatron.core.tensor_parallel import checkpoint
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import build_module
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_pipeweaver.plugin.cpu import cpu_patches
+from megatron_pipeweaver.plugin.patching import PatchSet
+from megatron_pipeweaver.semu.architecture import LayerSpec
+
+
+@dataclass(frozen=True)
+class Measured:
+    forward_flops: int
+    backward_flops: int
+    saved_bytes: int
+    parameters: int
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """megatron-core's parallel state with this process alone."""
+    with PatchSet(cpu_patches()):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            parallel_state.initialize_model_parallel(1, 1)
+            model_parallel_cuda_manual_seed(1)
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def make_layer(
+    spec: LayerSpec, *, dropout: float = 0.0, recompute: list[str] | None = None
+) -> torch.nn.Module:
+    """megatron-core's own layer for `spec`, in single precision."""
+    selective = {"recompute_granularity": "selective", "recompute_modules": recompute}
+    gated = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
+    experts = {}
+    if spec.experts is not None:
+        experts = {
+            "num_moe_experts": spec.experts.count,
+            "moe_router_topk": spec.experts.active,
+            "moe_ffn_hidden_size": spec.experts.ffn_hidden_size,
+            "moe_token_dispatcher_type": "alltoall",
+        }
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.ffn_hidden_size,
+        num_attention_heads=spec.heads,
+        num_query_groups=spec.kv_groups,
+        kv_channels=spec.head_size,
+        hidden_dropout=dropout,
+        attention_dropout=dropout,
+        add_bias_linear=spec.bias,
+        add_qkv_bias=spec.qkv_bias,
+        qk_layernorm=spec.qk_norm,
+        normalization="RMSNorm" if spec.rms_norm else "LayerNorm",
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        use_cpu_initialization=True,
+        **(gated if spec.gated_mlp else {}),
+        **(selective if recompute else {}),
+        **experts,
+    )
+    if spec.causal:
+        layer_spec = get_gpt_layer_local_spec(
+            num_experts=spec.experts.count if spec.experts else None,
+            qk_layernorm=spec.qk_norm,
+            normalization="RMSNorm" if spec.rms_norm else None,
+        )
+    else:
+        layer_spec = get_vit_layer_with_local_spec()
+    layer = build_module(layer_spec, config=config, layer_number=1)
+    return layer.train()
+
+
+def measure(
+    layer: torch.nn.Module,
+    sequence: int,
+    batch: int,
+    *,
+    rotary: bool = False,
+    recompute: bool = False,
+) -> Measured:
+    """Matrix FLOPs, and bytes kept in storages that are neither parameters nor given masks."""
+    config = layer.config
+    hidden = torch.randn(sequence, batch, config.hidden_size).requires_grad_(True)
+    mask = torch.ones(1, 1, sequence, sequence, dtype=torch.bool).triu(1)
+    angles = torch.randn(sequence, 1, 1, config.kv_channels) if rotary else None
+    ignored = {one.untyped_storage().data_ptr() for one in (mask, *layer.parameters())}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ignored:
+            # Held here, so that no later storage can take the same address.
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    def run(states: torch.Tensor) -> torch.Tensor:
+        return layer(states, attention_mask=mask, rotary_pos_emb=angles)[0]
+
+    with (
+        FlopCounterMode(display=False) as forward,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        output = checkpoint(run, False, hidden) if recompute else run(hidden)
+    with FlopCounterMode(display=False) as backward:
+        output.sum().backward()
+    return Measured(
+        forward_flops=forward.get_total_flops(),
+        backward_flops=backward.get_total_flops(),
+        saved_bytes=sum(size for size, _ in kept.values()),
+        parameters=sum(one.numel() for one in layer.parameters()),
+    )
