@@ -1,8 +1,8 @@
 # shellcheck shell=bash disable=SC2034
 # What quickstart.sh, test.sh and lint.sh share. Source it; nothing runs by itself.
 #
-# Packages are installed with uv. It takes pip's find-links, so that wheels kept on this machine
-# are used; its own settings hold too (UV_TORCH_BACKEND=cpu fetches torch without CUDA).
+# Packages are installed with uv. It is told what pip is told (index, find-links, certificate), and
+# its own settings hold (UV_TORCH_BACKEND=cpu fetches torch without CUDA).
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 UV_VERSION=0.13.9
@@ -40,26 +40,30 @@ python_candidates() {
     return 0
 }
 
-# python_lacks PROGRAM VERSION: prints what PROGRAM lacks; fails if it is not Python VERSION.
-python_lacks() {
+# inspect_python PROGRAM VERSION: prints the real program behind PROGRAM (which may be a shim) and,
+# behind a blank, what it lacks; fails if it is not Python VERSION.
+inspect_python() {
     "$1" - "$2" 2>/dev/null <<'PYTHON'
 import importlib.util, os, sys, sysconfig
 if "%d.%d" % sys.version_info[:2] != sys.argv[1]:
     sys.exit(1)
 lacks = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
 header = os.path.join(sysconfig.get_path("include"), "Python.h")
-print(" ".join(lacks + ([] if os.path.exists(header) else [header])))
+lacks += [] if os.path.exists(header) else [header]
+print(sys.executable.replace(" ", "\\ "), *lacks)
 PYTHON
 }
 
 # find_python VERSION: sets PYTHON to a program that can make environments and build extensions.
 # Where there is none it fails, and PYTHON_MISSING says in a line what was found.
 find_python() {
-    local program lacks
+    local candidate program lacks
     PYTHON=
     PYTHON_MISSING="Python $1: not on PATH and not under pyenv"
-    while read -r program; do
-        lacks=$(python_lacks "$program" "$1") || continue
+    while read -r candidate; do
+        # Without -r, so that a blank inside the path stays in the path.
+        # shellcheck disable=SC2162
+        read program lacks < <(inspect_python "$candidate" "$1") || continue
         if [ -z "$lacks" ]; then
             PYTHON=$program
             return 0
@@ -96,14 +100,18 @@ quietly() {
     say "$what: done in $((SECONDS - began)) s"
 }
 
-# use_local_wheels: what pip is told about wheels on this machine holds for uv.
-use_local_wheels() {
-    local found
-    [ -z "${UV_FIND_LINKS:-}" ] || return 0
-    found=${PIP_FIND_LINKS:-$("$1/bin/python" -m pip config get global.find-links 2>/dev/null)} ||
-        return 0
-    found=$(printf '%s' "$found" | tr -s ' \n' ',')
-    [ -z "$found" ] || export UV_FIND_LINKS=$found
+# follow_pip FOLDER: what pip is told, in its configuration or in PIP_..., holds for uv.
+follow_pip() {
+    local pair uv_name told value
+    # `pip config get` overlooks the machine's own file; `list` does not, and lists PIP_... as :env:.
+    told=$("$1/bin/python" -m pip config list | sed "s/\\\\n/ /g; s/'\$//" | sort -r)
+    for pair in UV_FIND_LINKS=find-links UV_DEFAULT_INDEX=index-url SSL_CERT_FILE=cert; do
+        uv_name=${pair%=*}
+        [ -z "${!uv_name:-}" ] || continue
+        value=$(sed -nE "s/^(:env:|global|install)\.${pair#*=}='[[:space:]]*//p" <<<"$told" | tail -n 1)
+        value=${value// /,}
+        [ -z "$value" ] || export "$uv_name=$value"
+    done
 }
 
 # prepare_environment VERSION FOLDER EXTRA: makes FOLDER with PYTHON (see find_python) and installs
@@ -127,7 +135,7 @@ prepare_environment() {
         printf '%s\n' "$PYTHON" >"$folder/.python"
         quietly "installing uv" "$folder/bin/python" -m pip install -q "uv==$UV_VERSION" || return 1
     fi
-    use_local_wheels "$folder"
+    follow_pip "$folder"
     quietly "installing packages and building the native core" \
         "$folder/bin/uv" pip install --python "$folder/bin/python" \
         --constraint "$pins" --build-constraint "$pins" --reinstall-package megatron-pipeweaver \

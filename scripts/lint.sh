@@ -26,7 +26,7 @@ check mypy
 check lint-imports
 check clang-format --dry-run --Werror megatron_pipeweaver/csrc/*.[ch]pp
 if command -v shellcheck >/dev/null; then
-    check shellcheck -x scripts/*.sh .ci/run
+    check shellcheck -x -P SCRIPTDIR scripts/*.sh .ci/run
 else
     say "shellcheck is not installed: shell scripts are not checked"
 fi

@@ -26,7 +26,7 @@ class Recipe:
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
-    iterations: int = 150
+    iterations: int = 120
     learning_rate: float = 2.5e-3
     final_share: float = 0.05
     warmup: int = 10
