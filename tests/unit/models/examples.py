@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_pipeweaver.ir.layout import ChunkLayout, ChunkPlace, ModuleLayout
+from megatron_pipeweaver.ir.layout import ChunkLayout, ModuleLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleKind, ModuleSpec
 from megatron_pipeweaver.ir.plan import PassPayload, PlanPass
 from megatron_pipeweaver.ir.problem import PassKey
 from megatron_pipeweaver.models.build import build_chunks
 from megatron_pipeweaver.models.chunk import ModelChunk
 from megatron_pipeweaver.models.options import ModelOptions
-from megatron_pipeweaver.models.parameters import initialize_by_name
+from megatron_pipeweaver.models.parameters import global_parameters, initialize_by_name
 
 IMAGE = 40
 VOCABULARY = 32
@@ -143,13 +143,11 @@ class Model:
         for chunk in self.stages(module):
             chunk.set_pass(one_pass(module, *items))
             chunk.set_input_tensor(tensors)
-            tensors = chunk({**microbatch, "tokens": microbatch["tokens"]})
+            tensors = chunk(microbatch)
         return tensors
 
     def gradients(self) -> dict[str, Tensor]:
         """By global name; the two copies of a tied embedding are summed."""
-        from megatron_pipeweaver.models.parameters import global_parameters
-
         found: dict[str, Tensor] = {}
         for name, parameter in global_parameters(self.chunks):
             if self.chunks[0].share_embeddings_and_output_weights:
@@ -157,7 +155,3 @@ class Model:
             if parameter.grad is not None:
                 found[name] = found[name] + parameter.grad if name in found else parameter.grad
         return found
-
-
-def place_of(layout: ChunkLayout, rank: int, virtual_stage: int) -> ChunkPlace:
-    return layout.chunks_of_rank(rank)[virtual_stage]

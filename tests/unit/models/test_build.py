@@ -1,9 +1,9 @@
-import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.utils import get_model_config
 
@@ -78,7 +78,8 @@ def test_all_chunks_of_a_rank_share_one_root_config(groups):
     assert root.hidden_size == 12
     inner = [chunk.layers[0].config for chunk in chunks if chunk.layers]
     assert root not in inner
-    assert not root.deallocate_pipeline_outputs or root.pipeline_dtype == torch.float64
+    assert root.deallocate_pipeline_outputs
+    assert root.pipeline_dtype == torch.float64
 
 
 @pytest.mark.parametrize("rank", range(24))
@@ -207,7 +208,29 @@ def test_text_only_model(groups):
     parts = Model(spec, cut(2, language=[2, 1, 0, 2]), groups)
     microbatch = batch(0, samples=3)
     assert torch.equal(parts.loss(microbatch), whole.loss(microbatch))
-    assert copy.copy(parts.ranks[0][0]).pre_process is True
+    assert parts.ranks[0][0].pre_process
+    assert parts.ranks[0][0].embeds_tokens
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", CUTS)
+def test_every_cut_has_the_same_checkpoint_keys(groups, name, tied):
+    def shards(model: Model) -> set[tuple[object, ...]]:
+        return {
+            (one.key, one.global_shape, one.global_offset)
+            for chunk in model.chunks
+            for one in chunk.sharded_state_dict().values()
+            if isinstance(one, ShardedTensor)
+        }
+
+    spec = vision_language(tied=tied)
+    found, expected = shards(Model(spec, CUTS[name], groups)), shards(Model(spec, WHOLE, groups))
+    assert found == expected
+    assert {key.split(".")[0] for key, *_ in found} == {
+        "vision_model",
+        "vision_projection",
+        "language_model",
+    }
 
 
 def test_bfloat16(groups):

@@ -1,0 +1,173 @@
+import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.models.language import place_image_embeddings
+from tests.unit.models.examples import (
+    IMAGE,
+    TOKENS_PER_IMAGE,
+    VOCABULARY,
+    Model,
+    batch,
+    cut,
+    one_pass,
+    vision_language,
+)
+
+LAYOUT = cut(2, vision=[2, 1], language=[2, 1, 1, 1])
+
+
+@pytest.fixture(scope="module")
+def model(one_process) -> Model:
+    return Model(vision_language(), LAYOUT, ProcessGroupCollection.use_mpu_process_groups())
+
+
+def test_image_embeddings_stand_where_their_tokens_stand():
+    tokens = torch.tensor([[1, 9, 9, 2, 9], [9, 3, 9, 9, 4]])
+    embedded = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    passes = [torch.randn(2, 2, 3, dtype=torch.float64), torch.randn(2, 1, 3, dtype=torch.float64)]
+    for one in passes:
+        one.requires_grad_(True)
+    placed = place_image_embeddings(embedded, tokens == 9, passes)
+    first, second = passes
+    expected = embedded.detach().clone()
+    rows = [first[0, 0], first[1, 0], first[0, 1], first[1, 1], second[0, 0], second[1, 0]]
+    for (sample, position), row in zip((tokens == 9).nonzero().tolist(), rows, strict=True):
+        expected[position, sample] = row.detach()
+    assert torch.equal(placed, expected)
+
+    weight = torch.randn_like(placed)
+    placed.backward(weight)
+    assert torch.equal(first.grad[1, 0], weight[2, 0])
+    assert torch.equal(first.grad[0, 1], weight[4, 0])
+    assert torch.equal(second.grad[1, 0], weight[3, 1])
+    is_text = (tokens != 9).transpose(0, 1)
+    assert torch.equal(embedded.grad, weight * is_text.unsqueeze(-1))
+
+
+@pytest.mark.parametrize("images", [[], [torch.zeros(2, 1, 3)], [torch.zeros(2, 2, 3)] * 2])
+def test_as_many_embeddings_as_positions(images):
+    is_image = torch.tensor([[True, True, False, True]])
+    with pytest.raises(ConfigError, match="3 image positions"):
+        place_image_embeddings(torch.zeros(4, 1, 3), is_image, images)
+
+
+@pytest.mark.parametrize("images", [3, 5])
+@pytest.mark.parametrize("sub_microbatch", [1, 2, 4])
+def test_sub_microbatches_are_one_microbatch(model, images, sub_microbatch):
+    microbatch = batch(images, samples=2, seed=images)
+    expected = model.loss(microbatch)
+    for chunk in model.chunks:
+        chunk.zero_grad()
+    expected.backward()
+    gradients = {name: one.clone() for name, one in model.gradients().items()}
+    for chunk in model.chunks:
+        chunk.zero_grad()
+    found = model.loss(microbatch, sub_microbatch)
+    found.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+    for name, one in model.gradients().items():
+        torch.testing.assert_close(one, gradients[name], rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_every_image_counts_where_it_stands(model):
+    microbatch = batch(2)
+    swapped = {**microbatch, "images": microbatch["images"].flip(0)}
+    assert not torch.equal(model.run(microbatch), model.run(swapped))
+
+
+def test_patches_attend_to_later_patches(model):
+    vision = model.stages("vision")[0]
+    images = batch(1)["images"]
+    changed = images.clone()
+    changed[..., 2:, 2:] += 1.0  # the last patch alone
+    first, second = vision({"images": images}), vision({"images": changed})
+    assert not torch.equal(first[0], second[0])
+
+
+def test_tokens_do_not_attend_to_later_tokens(model):
+    microbatch = batch(0)
+    changed = {**microbatch, "tokens": microbatch["tokens"].clone()}
+    changed["tokens"][0, -1] = (changed["tokens"][0, -1] + 1) % VOCABULARY
+    first, second = model.run(microbatch), model.run(changed)
+    assert torch.equal(first[:, :-1], second[:, :-1])
+    assert not torch.equal(first[:, -1], second[:, -1])
+
+
+def test_given_masks_and_positions_are_used(model):
+    microbatch = batch(0)
+    length = microbatch["tokens"].shape[1]
+    causal = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    positions = torch.arange(length)[None]
+    given = {**microbatch, "attention_mask": causal, "position_ids": positions}
+    assert torch.equal(model.run(given), model.run(microbatch))
+    documents = causal.clone()
+    documents[..., 4:, :4] = True
+    apart = model.run({**given, "attention_mask": documents})
+    assert torch.equal(apart[:, :4], model.run(given)[:, :4])
+    assert not torch.equal(apart[:, 4:], model.run(given)[:, 4:])
+
+
+def test_logits_where_there_are_no_labels(model):
+    microbatch = batch(1)
+    losses = model.run(microbatch)
+    labels = microbatch.pop("labels")
+    logits = model.run(microbatch)
+    assert logits.shape == (*labels.shape, VOCABULARY)
+    expected = torch.nn.functional.cross_entropy(logits[0].float(), labels[0], reduction="none")
+    torch.testing.assert_close(losses[0], expected)
+
+
+def test_outputs_are_no_views_and_have_the_stated_shapes(model):
+    microbatch = batch(3, samples=2)
+    samples, length = microbatch["tokens"].shape
+    features = None
+    for chunk, width in zip(model.stages("vision"), (8, 12), strict=True):
+        chunk.set_pass(one_pass("vision", 0, 3))
+        chunk.set_input_tensor(features)
+        features = chunk(microbatch)
+        assert features.shape == (TOKENS_PER_IMAGE, 3, width)
+        assert features._base is None
+    hidden = [features]
+    for chunk in model.stages("language")[:-1]:
+        chunk.set_input_tensor(hidden)
+        output = chunk(microbatch)
+        assert output.shape == (length, samples, 12)
+        assert output._base is None
+        hidden = [output]
+
+
+def test_what_was_set_holds_for_one_forward(model):
+    microbatch = batch(3)
+    first, second = model.stages("vision")
+    first.set_pass(one_pass("vision", 1, 2))
+    part, whole = first(microbatch), first(microbatch)
+    assert part.shape[1] == 1
+    torch.testing.assert_close(part, whole[:, 1:2], rtol=1e-12, atol=1e-12)
+    second.set_input_tensor([whole])
+    second(microbatch)
+    with pytest.raises(ConfigError, match="vision1: got 0 input tensors"):
+        second(microbatch)
+
+
+def test_misuse_is_refused_by_name(model):
+    vision, language = model.stages("vision")[0], model.stages("language")[0]
+    with pytest.raises(ConfigError, match="vision0: the microbatch has no 'images'"):
+        vision({})
+    with pytest.raises(ConfigError, match="is of another module"):
+        language.set_pass(one_pass("vision", 0, 1))
+    with pytest.raises(ConfigError, match="0 of them and the tokens have 4 image positions"):
+        language(batch(1))
+
+
+def test_image_tokens_need_no_place_in_the_vocabulary(model):
+    assert IMAGE >= VOCABULARY
+    embedding = model.stages("language")[0].shared_embedding_or_output_weight()
+    for chunk in model.chunks:
+        chunk.zero_grad()
+    microbatch = batch(2)
+    microbatch["tokens"][microbatch["tokens"] == 0] = 1
+    model.loss(microbatch).backward()
+    assert embedding.grad[0].abs().max() == 0
+    assert embedding.grad[1:].abs().max() > 0
