@@ -18,10 +18,7 @@ class RawProblem:
     def __init__(self) -> None: ...
 
 class Policy:
-    forward_key: list[int]
-    backward_key: list[int]
-    weight_key: list[int]
-    enter_key: list[int]
+    key: list[int]
     level: list[int]
     load: list[int]
     load_limit: int
@@ -30,6 +27,7 @@ class Policy:
     adaptive: bool
     in_order: bool
     patience: int
+    hold: int
     def __init__(self) -> None: ...
 
 class Timetable:
@@ -56,6 +54,7 @@ class Core:
     def bounds(self) -> Bounds: ...
     def decode(self, policy: Policy) -> Timetable: ...
     def retime(self, order: list[list[int]], level: list[int], split: bool) -> Timetable: ...
+    def refill(self, table: Timetable, split: bool, keep: bool) -> Timetable: ...
     def peak_memory(self, table: Timetable, split: bool) -> list[int]: ...
     @property
     def level_begin(self) -> list[int]: ...

@@ -9,6 +9,7 @@
 #include "alone.hpp"
 #include "bounds.hpp"
 #include "decode.hpp"
+#include "memory.hpp"
 #include "model.hpp"
 #include "timing.hpp"
 
@@ -55,15 +56,22 @@ class Core {
     return table;
   }
 
+  Timetable refill(Timetable table, bool split, bool keep) const {
+    MemoryChooser chooser(model_);
+    for (i32 r = 0; r < model_.ranks; ++r) {
+      if (!chooser.run(table, r, split, keep)) throw py::value_error("the order does not fit");
+    }
+    if (!Timer(model_).run(table, split)) throw py::value_error("the orders wait in a ring");
+    return table;
+  }
+
   const Model& model() const { return model_; }
   const std::vector<Alone>& alone() const { return alone_; }
 
  private:
   void check(const Policy& policy) const {
-    const auto passes = static_cast<std::size_t>(model_.passes);
     const auto microbatches = static_cast<std::size_t>(model_.microbatches);
-    if (policy.forward_key.size() != passes || policy.backward_key.size() != passes ||
-        policy.enter_key.size() != passes || policy.weight_key.size() != microbatches ||
+    if (policy.key.size() != 3 * static_cast<std::size_t>(model_.pairs) ||
         policy.load.size() != microbatches ||
         policy.level.size() != static_cast<std::size_t>(model_.pairs)) {
       throw py::value_error("policy: a list has the wrong length");
@@ -106,10 +114,7 @@ PYBIND11_MODULE(_core, module) {
 
   py::class_<Policy>(module, "Policy")
       .def(py::init<>())
-      .def_readwrite("forward_key", &Policy::forward_key)
-      .def_readwrite("backward_key", &Policy::backward_key)
-      .def_readwrite("weight_key", &Policy::weight_key)
-      .def_readwrite("enter_key", &Policy::enter_key)
+      .def_readwrite("key", &Policy::key)
       .def_readwrite("level", &Policy::level)
       .def_readwrite("load", &Policy::load)
       .def_readwrite("load_limit", &Policy::load_limit)
@@ -117,7 +122,8 @@ PYBIND11_MODULE(_core, module) {
       .def_readwrite("alternate", &Policy::alternate)
       .def_readwrite("adaptive", &Policy::adaptive)
       .def_readwrite("in_order", &Policy::in_order)
-      .def_readwrite("patience", &Policy::patience);
+      .def_readwrite("patience", &Policy::patience)
+      .def_readwrite("hold", &Policy::hold);
 
   py::class_<Timetable>(module, "Timetable")
       .def_readonly("makespan", &Timetable::makespan)
@@ -136,6 +142,7 @@ PYBIND11_MODULE(_core, module) {
       .def("bounds", [](const Core& core) { return lower_bounds(core.model()); })
       .def("decode", &Core::decode, py::arg("policy"))
       .def("retime", &Core::retime, py::arg("order"), py::arg("level"), py::arg("split"))
+      .def("refill", &Core::refill, py::arg("table"), py::arg("split"), py::arg("keep"))
       .def("peak_memory", [](const Core& core, const Timetable& table,
                              bool split) { return peak_memory(core.model(), table, split); })
       .def_property_readonly("level_begin",

@@ -1,6 +1,7 @@
 #include "decode.hpp"
 
 #include <algorithm>
+#include <functional>
 
 namespace pipeweaver {
 
@@ -20,7 +21,6 @@ void Decoder::reset() {
     rank.stale = true;
     rank.ready.clear();
     rank.weights.clear();
-    rank.weights_done = 0;
   }
   held_.assign(static_cast<std::size_t>(m_.ranks) * microbatches, 0);
   need_.resize(held_.size());
@@ -44,6 +44,7 @@ void Decoder::reset() {
   entering_head_ = 0;
   entering_in_flight_ = 0;
   load_in_flight_ = 0;
+  weights_seen_ = 0;
   backward_done_.assign(policy_->in_order ? m_.pairs : 0, 0);
   for (i32 p = 0; p < m_.passes; ++p) {
     const i32 kinds = m_.frozen(p) ? 1 : (policy_->split ? 3 : 2);
@@ -58,7 +59,8 @@ void Decoder::reset() {
     if (policy_->in_order && m_.pass_microbatch[a] != m_.pass_microbatch[b]) {
       return m_.pass_microbatch[a] < m_.pass_microbatch[b];
     }
-    return policy_->enter_key[a] < policy_->enter_key[b];
+    return policy_->key[op_of(m_.pass_begin[a], kForward)] <
+           policy_->key[op_of(m_.pass_begin[b], kForward)];
   });
   out_->makespan = 0;
   out_->order.resize(m_.ranks);
@@ -216,6 +218,7 @@ void Decoder::choose(i32 rank) {
     take_forward = state.last_kind == kBackward;
   }
   state.choice = take_forward ? forward : backward;
+  if (policy_->hold > 0) choose_held(state, state.choice);
 }
 
 // The passes without producers enter in the order of their keys. Where the next one may not, one
@@ -225,7 +228,9 @@ void Decoder::choose_entering(Choice& best) {
     ++entering_head_;
   }
   if (entering_head_ == entering_.size()) return;
-  const i32 head = entering_[entering_head_];
+  i32 head = entering_[entering_head_];
+  const i32 k = m_.pass_microbatch[head];
+  if (!alone_[k].narrow && place_[k] < 0) head = alone_[k].steps[0].pass;
   if (offer_entering(head, best)) return;
   if (entering_in_flight_ == 0) return;
   for (std::size_t i = entering_head_ + 1; i < entering_.size(); ++i) {
@@ -246,30 +251,43 @@ bool Decoder::offer_entering(i32 pass, Choice& best) {
   const i32 level = admit(pair);
   if (level < 0) return false;
   const i64 start = ranks_[0].free;
-  const i64 key = policy_->enter_key[pass];
+  const i64 key = policy_->key[op_of(pair, kForward)];
   if (better(start, key, pair, best.start, best.key, best.pair)) {
     best = {start, key, pair, kForward, level};
   }
   return true;
 }
 
-void Decoder::choose_weight(const Rank& state, Choice& forward, Choice& backward) {
-  if (state.weights_done == state.weights.size()) return;
-  const i32 pair = state.weights[state.weights_done];
-  const i64 key = policy_->weight_key[m_.pass_microbatch[m_.pair_pass[pair]]];
+// A weight gradient runs where its key is the least, or in a gap.
+void Decoder::choose_weight(const Rank& state, Choice& forward, Choice& backward) const {
+  if (state.weights.empty()) return;
+  const auto [key, pair] = state.weights.front();
   const i64 next = std::min(forward.start, backward.start);
   if (next != kNever && next > state.free && policy_->patience > 0) {
     const i64 length = m_.weight[m_.level_begin[pair] + out_->level[pair]];
     if ((next - state.free) * 256 < policy_->patience * length) return;
   }
   const Choice weight{state.free, key, pair, kWeight, 0};
-  const bool beats_forward =
-      better(state.free, key, pair, forward.start, forward.key, forward.pair);
-  const bool beats_backward =
-      better(state.free, key, pair, backward.start, backward.key, backward.pair);
-  if (beats_forward && beats_backward) {
+  if (better(state.free, key, pair, forward.start, forward.key, forward.pair) &&
+      better(state.free, key, pair, backward.start, backward.key, backward.pair)) {
     forward = weight;
     backward = Choice{};
+  }
+}
+
+// Something of a lesser key is known to arrive soon: the rank waits for it.
+void Decoder::choose_held(const Rank& state, Choice& best) const {
+  if (best.start == kNever) return;
+  const i64 until = best.start + policy_->hold;
+  for (const Ready& item : state.ready) {
+    if (item.arrive > until || item.arrive <= best.start || item.key >= best.key) continue;
+    if (item.kind == kBackward) {
+      if (policy_->in_order && !order_open(item.pair)) continue;
+      best = {item.arrive, item.key, item.pair, item.kind, 0};
+    } else {
+      const i32 level = admit(item.pair);
+      if (level >= 0) best = {item.arrive, item.key, item.pair, item.kind, level};
+    }
   }
 }
 
@@ -294,7 +312,8 @@ void Decoder::execute(i32 rank) {
   state.free = end;
   state.stale = true;
   if (choice.kind == kWeight) {
-    ++state.weights_done;
+    std::pop_heap(state.weights.begin(), state.weights.end(), std::greater<>());
+    state.weights.pop_back();
     release(pair);
   } else {
     state.last_kind = choice.kind;
@@ -338,9 +357,7 @@ void Decoder::retire(i32 microbatch) {
 
 void Decoder::arrive(i32 pair, i32 kind, i64 time) {
   Rank& state = ranks_[m_.pair_rank[pair]];
-  const i32 pass = m_.pair_pass[pair];
-  const i64 key = kind == kForward ? policy_->forward_key[pass] : policy_->backward_key[pass];
-  state.ready.push_back({time, key, pair, kind});
+  state.ready.push_back({time, policy_->key[op_of(pair, kind)], pair, kind});
   state.stale = true;
 }
 
@@ -387,7 +404,10 @@ void Decoder::finish_backward(i32 pair, i64 end) {
     ranks_[m_.pair_rank[pair]].stale = true;
   }
   if (policy_->split) {
-    ranks_[m_.pair_rank[pair]].weights.push_back(pair);
+    std::vector<std::pair<i64, i32>>& weights = ranks_[m_.pair_rank[pair]].weights;
+    weights.push_back(
+        {policy_->in_order ? weights_seen_++ : policy_->key[op_of(pair, kWeight)], pair});
+    std::push_heap(weights.begin(), weights.end(), std::greater<>());
   } else {
     release(pair);
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "alone.hpp"
@@ -14,18 +15,16 @@ inline constexpr i64 kNever = std::numeric_limits<i64>::max();
 
 // What a decode obeys. Of what may start first, the least key goes first.
 struct Policy {
-  std::vector<i64> forward_key;   // per pass
-  std::vector<i64> backward_key;  // per pass
-  std::vector<i64> weight_key;    // per microbatch; read only when `split`
-  std::vector<i64> enter_key;     // per pass without producers: its first forward
-  std::vector<i32> level;         // per stage pair: the fastest level it may use
-  std::vector<i64> load;          // per microbatch: what it counts for while in flight
-  i64 load_limit = kNever;        // no microbatch starts above it, unless none is in flight
-  bool split = true;              // weight gradients are ops of their own
-  bool alternate = false;         // forward and backward by turns where both could start (1F1B)
-  bool adaptive = true;           // a forward in mid-chain takes a leaner level rather than wait
-  bool in_order = false;          // each stage's backwards in the order of microbatches
-  i64 patience = 0;               // 1/256ths of a weight gradient that a gap must have to hold it
+  std::vector<i64> key;     // per op; of weight gradients it is read only when `split`
+  std::vector<i32> level;   // per stage pair: the fastest level it may use
+  std::vector<i64> load;    // per microbatch: what it counts for while in flight
+  i64 load_limit = kNever;  // no microbatch starts above it, unless none is in flight
+  bool split = true;        // weight gradients are ops of their own
+  bool alternate = false;   // forward and backward by turns where both could start (1F1B)
+  bool adaptive = true;     // a forward in mid-chain takes a leaner level rather than wait
+  bool in_order = false;    // each stage's backwards in the order of microbatches
+  i64 patience = 0;         // 1/256ths of a weight gradient that a gap must have to hold it
+  i64 hold = 0;             // an op may wait this long (ns) for one with a lesser key
 };
 
 struct Timetable {
@@ -59,8 +58,7 @@ class Decoder {
     i32 last_kind = -1;
     bool stale = true;
     std::vector<Ready> ready;
-    std::vector<i32> weights;  // stage pairs whose weight gradient waits, oldest first
-    std::size_t weights_done = 0;
+    std::vector<std::pair<i64, i32>> weights;  // heap: stage pairs whose weight gradient waits
     Choice choice;
   };
 
@@ -68,7 +66,8 @@ class Decoder {
   void choose(i32 rank);
   void choose_entering(Choice& best);
   bool offer_entering(i32 pass, Choice& best);
-  void choose_weight(const Rank& state, Choice& forward, Choice& backward);
+  void choose_weight(const Rank& state, Choice& forward, Choice& backward) const;
+  void choose_held(const Rank& state, Choice& best) const;
   i32 admit(i32 pair) const;
   bool safe(i32 rank, i32 microbatch, i64 bytes, i64 lean) const;
   bool step_open(i32 pair) const;
@@ -105,6 +104,7 @@ class Decoder {
   std::vector<i32> to_enter_;        // per microbatch
   std::vector<char> backward_done_;  // per stage pair
   i64 load_in_flight_ = 0;
+  i64 weights_seen_ = 0;
   bool any_wide_ = false;
 };
 

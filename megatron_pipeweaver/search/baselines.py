@@ -13,7 +13,7 @@ from megatron_pipeweaver._core import Policy, Timetable
 from megatron_pipeweaver.ir.problem import Problem
 from megatron_pipeweaver.ir.schedule import Schedule
 from megatron_pipeweaver.search.bounds import lower_bounds
-from megatron_pipeweaver.search.interleave import CLASS, Keys, policy
+from megatron_pipeweaver.search.interleave import Keys, class_keys, policy
 from megatron_pipeweaver.search.native import NativeProblem
 
 LevelPolicy = Callable[[Problem, list[int]], Policy]
@@ -43,11 +43,10 @@ def encoders_first_policy(problem: Problem, levels: list[int]) -> Policy:
         for one in microbatch.passes
         for name in one.after
     }
-    encoder = [tuple(key) in feeds for key, _ in problem.passes()]
-    order = list(range(len(encoder)))
-    made.forward_key = [CLASS * (1 if e else 2) + i for i, e in zip(order, encoder, strict=True)]
-    made.enter_key = made.forward_key
-    made.backward_key = [CLASS * (3 if e else 2) + i for i, e in zip(order, encoder, strict=True)]
+    encoder, other = Keys(backward=3, forward=1, enter=1), Keys(backward=2, forward=2, enter=2)
+    made.key = class_keys(
+        problem, [encoder if tuple(key) in feeds else other for key, _ in problem.passes()]
+    )
     return made
 
 

@@ -39,6 +39,7 @@ schedule exists, and `InfeasibleError` names the rank and the bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_pipeweaver._core import Policy
@@ -81,17 +82,36 @@ def policy(
         in_order: each stage's backwards keep the order of microbatches.
         alternate: forwards and backwards by turns.
     """
-    keys = keys or Keys()
     made = Policy()
-    microbatch = [key.microbatch for key, _ in problem.passes()]
-    made.forward_key = [keys.forward * CLASS + index for index in microbatch]
-    made.backward_key = [keys.backward * CLASS + index for index in microbatch]
-    made.enter_key = [keys.enter * CLASS + index for index in range(len(microbatch))]
-    made.weight_key = [keys.weight * CLASS + index for index in range(len(problem.microbatches))]
+    made.key = class_keys(problem, [keys or Keys()] * problem_passes(problem))
     made.level = levels
     made.load = [1] * len(problem.microbatches)
     made.load_limit = NEVER
     made.split = split
     made.in_order = in_order
     made.alternate = alternate
+    return made
+
+
+def problem_passes(problem: Problem) -> int:
+    """How many passes `problem` has."""
+    return sum(len(one.passes) for one in problem.microbatches)
+
+
+def class_keys(problem: Problem, keys: Sequence[Keys]) -> list[int]:
+    """The key of every op (3 per stage pair: forward, backward, weight gradient).
+
+    Args:
+        problem: what is to be scheduled.
+        keys: the classes of each pass's ops; within a class the pass that stands first in the
+            problem goes first.
+    """
+    made: list[int] = []
+    for index, ((_, one), classes) in enumerate(zip(problem.passes(), keys, strict=True)):
+        backward = classes.backward * CLASS + index
+        weight = classes.weight * CLASS + index
+        forward = classes.forward * CLASS + index
+        first = forward if one.after else classes.enter * CLASS + index
+        made += [first, backward, weight]
+        made += [forward, backward, weight] * (len(one.stages) - 1)
     return made
