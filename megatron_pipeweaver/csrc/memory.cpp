@@ -1,0 +1,66 @@
+#include "memory.hpp"
+
+#include <algorithm>
+
+namespace pipeweaver {
+
+MemoryChooser::MemoryChooser(const Model& model)
+    : m_(model), from_(model.pairs, 0), until_(model.pairs, 0) {}
+
+bool MemoryChooser::run(Timetable& table, i32 rank, bool split, bool keep) {
+  const std::vector<i32>& ops = table.order[rank];
+  const i32 last = split ? kWeight : kBackward;
+  i32 forwards = 0;
+  pairs_.clear();
+  for (const i32 op : ops) {
+    const i32 pair = pair_of(op);
+    if (kind_of(op) == kForward) {
+      from_[pair] = forwards++;
+      until_[pair] = forwards;
+      pairs_.push_back(pair);
+      if (!keep) table.level[pair] = 0;
+    } else if (kind_of(op) == last) {
+      until_[pair] = forwards;
+    }
+  }
+  held_.assign(forwards, 0);
+  steps_.clear();
+  for (const i32 pair : pairs_) {
+    const i32 begin = m_.level_begin[pair];
+    const bool frozen = m_.frozen(m_.pair_pass[pair]);
+    const i64 bytes = m_.memory[begin + table.level[pair]];
+    for (i32 i = from_[pair]; i < until_[pair]; ++i) held_[i] += bytes;
+    double worth = 1e300;
+    for (i32 level = table.level[pair] + 1; level < m_.levels(pair); ++level) {
+      const i32 at = begin + level;
+      i64 saved = m_.forward[at - 1] - m_.forward[at];
+      if (!frozen) {
+        saved += m_.backward[at - 1] + m_.weight[at - 1] - m_.backward[at] - m_.weight[at];
+      }
+      const double cost = static_cast<double>(m_.memory[at] - m_.memory[at - 1]) *
+                          static_cast<double>(until_[pair] - from_[pair]);
+      worth = std::min(worth, static_cast<double>(saved) / cost);
+      steps_.push_back({worth, pair, level});
+    }
+  }
+  const i64 capacity = m_.capacity[rank];
+  for (const i64 bytes : held_) {
+    if (bytes > capacity) return false;
+  }
+  std::stable_sort(steps_.begin(), steps_.end(),
+                   [](const Step& a, const Step& b) { return a.worth > b.worth; });
+  for (const Step& step : steps_) {
+    const i32 pair = step.pair;
+    if (table.level[pair] != step.level - 1) continue;
+    const i32 at = m_.level_begin[pair] + step.level;
+    const i64 more = m_.memory[at] - m_.memory[at - 1];
+    i64 most = 0;
+    for (i32 i = from_[pair]; i < until_[pair]; ++i) most = std::max(most, held_[i]);
+    if (most + more > capacity) continue;
+    for (i32 i = from_[pair]; i < until_[pair]; ++i) held_[i] += more;
+    table.level[pair] = step.level;
+  }
+  return true;
+}
+
+}  // namespace pipeweaver

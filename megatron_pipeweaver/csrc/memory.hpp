@@ -1,0 +1,34 @@
+// The choice of strategies for fixed orders (paper 4.3): which stage pairs may keep more memory.
+#pragma once
+
+#include <vector>
+
+#include "decode.hpp"
+#include "model.hpp"
+
+namespace pipeweaver {
+
+class MemoryChooser {
+ public:
+  explicit MemoryChooser(const Model& model);
+
+  // Sets the levels of rank `rank`'s stage pairs: from the leanest, faster levels in the order of
+  // time saved per byte and per forward that passes while they are held, as long as they fit.
+  // `keep` starts from the levels that `table` has. False if even those do not fit.
+  bool run(Timetable& table, i32 rank, bool split, bool keep);
+
+ private:
+  struct Step {
+    double worth;
+    i32 pair;
+    i32 level;
+  };
+
+  const Model& m_;
+  std::vector<i32> from_, until_;  // per stage pair: forwards of its rank that it spans
+  std::vector<i64> held_;          // per forward of the rank
+  std::vector<Step> steps_;
+  std::vector<i32> pairs_;
+};
+
+}  // namespace pipeweaver
