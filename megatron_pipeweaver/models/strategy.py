@@ -69,7 +69,7 @@ class StrategyLayer(TransformerLayer):  # type: ignore[misc]
         def run(hidden_SBH: Tensor, context: Tensor | None) -> Any:
             return forward(hidden_SBH, *args[1:], context=context, **options)
 
-        # Without a gradient to hand back, Megatron's checkpoint would drop the parameters' too.
+        # Of an input without gradient, checkpointing would drop the parameters' gradients too.
         if self.recompute and torch.is_grad_enabled() and hidden_SBH.requires_grad:
             output: tuple[Tensor, Tensor | None] = tensor_parallel.checkpoint(
                 run, False, hidden_SBH, context

@@ -1,6 +1,7 @@
 """A small vision-language model, its batches, and the plainest way to run its chunks."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -60,6 +61,12 @@ def vision_language(
         tied_embeddings=tied,
     )
     return ModelSpec(name="small", modules=(vision, language))
+
+
+def language_only(*, layers: int) -> ModelSpec:
+    """The backbone alone."""
+    backbone = vision_language(language_layers=layers).backbone
+    return ModelSpec(name="text", modules=(replace(backbone, after=()),))
 
 
 def cut(pipeline_size: int, **layers: Sequence[int]) -> ChunkLayout:

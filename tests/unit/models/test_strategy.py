@@ -91,3 +91,17 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(groups):
         chunk.set_strategy("recompute")
     with torch.no_grad():
         assert torch.equal(model.loss(microbatch), expected)
+
+
+def test_parameters_get_gradients_behind_an_input_that_has_none(groups):
+    chunk = Model(vision_language(), LAYOUT, groups).stages("vision")[1]
+    hidden = torch.randn(4, 2, 8, dtype=torch.float64)
+    gradients = {}
+    for strategy in ("keep", "recompute"):
+        chunk.zero_grad()
+        chunk.set_strategy(strategy)
+        chunk.set_input_tensor(hidden)
+        chunk({}).square().sum().backward()
+        gradients[strategy] = {name: one.grad for name, one in chunk.named_parameters()}
+    for name, gradient in gradients["keep"].items():
+        assert torch.equal(gradients["recompute"][name], gradient), name
