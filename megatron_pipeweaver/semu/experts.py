@@ -8,6 +8,8 @@ from megatron_pipeweaver.semu.operators import (
     Sketch,
     activation,
     elementwise,
+    enter_tensor_parallel,
+    leave_tensor_parallel,
     linear,
     shard,
 )
@@ -23,6 +25,7 @@ def expert_mlp(
     ranks. Every row is sent to `experts.active` experts and comes back as their weighted sum.
     """
     width = spec.hidden_size
+    normed = enter_tensor_parallel(sketch, "enter_experts", normed, rows * width)
     scores = linear(
         sketch, "router", normed, rows=rows, width_in=width, width_out=experts.count, bias=False
     )
@@ -41,10 +44,10 @@ def expert_mlp(
     output = elementwise(
         sketch, "unpermute", (back, probabilities), rows * width, saves=(back, probabilities)
     )
-    if experts.shared_ffn_hidden_size is None:
-        return output
-    shared = _shared_expert(sketch, spec, experts.shared_ffn_hidden_size, rows, normed)
-    return elementwise(sketch, "add_shared", (output, shared), rows * width)
+    if experts.shared_ffn_hidden_size is not None:
+        shared = _shared_expert(sketch, spec, experts.shared_ffn_hidden_size, rows, normed)
+        output = elementwise(sketch, "add_shared", (output, shared), rows * width)
+    return leave_tensor_parallel(sketch, "leave_experts", output, rows * width)
 
 
 def _shared_expert(sketch: Sketch, spec: LayerSpec, inner: int, rows: int, normed: str) -> str:

@@ -44,7 +44,9 @@ class Sketch:
         external: bool = False,
         base: str | None = None,
     ) -> str:
-        """Add a tensor; returns its name."""
+        """Add a tensor, or a view of `base`; returns its name."""
+        bases = {one.name: one.base for one in self.tensors}
+        base = bases.get(base) or base if base is not None else None
         self.tensors.append(
             Tensor(
                 name=name,
@@ -366,10 +368,10 @@ def enter_tensor_parallel(sketch: Sketch, name: str, source: str, elements: int)
     size = elements * sketch.options.element_bytes
     if not parallel.sequence_parallel:
         reduce = collective_work(OperatorClass.ALL_REDUCE, size, parallel.tensor)
-        _collective(
-            sketch, name, OperatorClass.ALL_REDUCE, (source, source), (NO_WORK, reduce, NO_WORK)
-        )
-        return source
+        output = sketch.tensor(f"{name}.out", elements, base=source)
+        works = (NO_WORK, reduce, NO_WORK)
+        _collective(sketch, name, OperatorClass.ALL_REDUCE, (source, output), works)
+        return output
     output = sketch.tensor(f"{name}.gathered", elements)
     gather = collective_work(OperatorClass.ALL_GATHER, size, parallel.tensor)
     scatter = collective_work(OperatorClass.REDUCE_SCATTER, size, parallel.tensor)
@@ -385,10 +387,10 @@ def leave_tensor_parallel(sketch: Sketch, name: str, source: str, elements: int)
     size = elements * sketch.options.element_bytes
     if not parallel.sequence_parallel:
         reduce = collective_work(OperatorClass.ALL_REDUCE, size, parallel.tensor)
-        _collective(
-            sketch, name, OperatorClass.ALL_REDUCE, (source, source), (reduce, NO_WORK, NO_WORK)
-        )
-        return source
+        output = sketch.tensor(f"{name}.out", elements, base=source)
+        works = (reduce, NO_WORK, NO_WORK)
+        _collective(sketch, name, OperatorClass.ALL_REDUCE, (source, output), works)
+        return output
     output = sketch.tensor(f"{name}.scattered", -(-elements // parallel.tensor))
     scatter = collective_work(OperatorClass.REDUCE_SCATTER, size, parallel.tensor)
     gather = collective_work(OperatorClass.ALL_GATHER, size, parallel.tensor)

@@ -121,7 +121,7 @@ def backward_graph(
     build = _Builder(subgraph, latency)
     at_hand = {one.name for one in held_tensors(subgraph, again)}
     build.activations(at_hand_in_order(subgraph, at_hand))
-    producers = {name: one for one in subgraph.operators for name in reversed(one.outputs)}
+    producers = {name: one for one in subgraph.operators for name in one.outputs}
     if again.whole:
         for one in subgraph.operators:
             build.run_forward(one)

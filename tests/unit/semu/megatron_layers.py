@@ -16,7 +16,8 @@ from megatron.core.tensor_parallel import checkpoint
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import build_module
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from megatron_pipeweaver.plugin.cpu import cpu_patches
 from megatron_pipeweaver.plugin.patching import PatchSet
@@ -29,6 +30,21 @@ class Measured:
     backward_flops: int
     saved_bytes: int
     parameters: int
+
+
+class FlopCount(TorchDispatchMode):
+    """What `FlopCounterMode` counts, without its module hooks, which recomputation deadlocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 @contextmanager
@@ -118,15 +134,15 @@ def measure(
         return layer(states, attention_mask=mask, rotary_pos_emb=angles)[0]
 
     with (
-        FlopCounterMode(display=False) as forward,
+        FlopCount() as forward,
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         output = checkpoint(run, False, hidden) if recompute else run(hidden)
-    with FlopCounterMode(display=False) as backward:
+    with FlopCount() as backward:
         output.sum().backward()
     return Measured(
-        forward_flops=forward.get_total_flops(),
-        backward_flops=backward.get_total_flops(),
+        forward_flops=forward.total,
+        backward_flops=backward.total,
         saved_bytes=sum(size for size, _ in kept.values()),
         parameters=sum(one.numel() for one in layer.parameters()),
     )
