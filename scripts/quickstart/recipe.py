@@ -22,7 +22,8 @@ class Recipe:
 
     `init_std` is the standard deviation of the weight matrices' initial values: layers this narrow
     do not learn in this few steps from Megatron's default of 0.02. `activation_bytes` is what each
-    rank may hold for activations.
+    rank may hold for activations: about half of what the fullest batches would hold if nothing
+    were recomputed, so that schedules have to economise.
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -34,7 +35,7 @@ class Recipe:
     adam_beta2: float = 0.95
     init_std: float = 0.1
     search_seconds: float = 0.1
-    activation_bytes: int = 1 << 30
+    activation_bytes: int = 20 << 20
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.warmup < 0:
