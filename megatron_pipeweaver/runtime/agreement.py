@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -53,23 +54,39 @@ def gather_bytes(data: bytes, group: dist.ProcessGroup) -> tuple[bytes, ...]:
     return tuple(_to_bytes(one)[: int(length)] for one, length in zip(padded, lengths, strict=True))
 
 
-def agree(fingerprint: str, group: dist.ProcessGroup) -> None:
-    """Returns when every rank of `group` holds the same `fingerprint`.
+def agree(held: Mapping[str, str], group: dist.ProcessGroup, *, failure: str = "") -> None:
+    """Returns when every rank of `group` holds the same values and none has failed.
+
+    One exchange settles everything, so that no rank goes on to wait for one that has stopped.
+
+    Args:
+        held: what this rank holds, by what it is called (``plan``: its fingerprint, ...).
+        group: every rank of it calls this, whatever happened to it before.
+        failure: why this rank cannot go on; empty where it can.
 
     Raises:
-        PlanMismatchError: on every rank, when one holds another; it names the ranks that differ.
+        PlanMismatchError: on every rank, when one failed or holds another value; it names the
+            ranks, and what differs.
         TransferError: a rank of the group is gone or did not come in time.
     """
-    mine = hashlib.sha256(fingerprint.encode()).digest()
-    found = gather_bytes(mine, group)
-    usual = Counter(found).most_common(1)[0][0]
+    mine = json.dumps(
+        [failure, *(hashlib.sha256(one.encode()).hexdigest() for one in held.values())]
+    )
+    found = [json.loads(one) for one in gather_bytes(mine.encode(), group)]
     ranks = dist.get_process_group_ranks(group)
-    others = [rank for rank, one in zip(ranks, found, strict=True) if one != usual]
-    if others:
-        raise PlanMismatchError(
-            f"ranks {others} of {ranks} hold another plan than the rest; every rank must plan "
-            f"from the same batch and settings (this rank's fingerprint is {fingerprint[:16]})"
-        )
+    failed = {rank: one[0] for rank, one in zip(ranks, found, strict=True) if one[0]}
+    if failed:
+        rank, reason = next(iter(failed.items()))
+        raise PlanMismatchError(f"rank {rank} cannot run the plan: {reason}")
+    for index, name in enumerate(held, start=1):
+        values = [one[index] for one in found]
+        usual = Counter(values).most_common(1)[0][0]
+        others = [rank for rank, one in zip(ranks, values, strict=True) if one != usual]
+        if others:
+            raise PlanMismatchError(
+                f"ranks {others} of {ranks} hold another {name} than the rest; every rank must "
+                f"work from the same batch and settings (this rank's is {held[name][:16]})"
+            )
 
 
 def _gather(tensor: Tensor, size: int, group: dist.ProcessGroup) -> Sequence[Tensor]:

@@ -90,16 +90,19 @@ def _all_cases(ctx: RankContext) -> dict[str, Any]:
     return result
 
 
-def _disagree(ctx: RankContext, world: dist.ProcessGroup) -> str:
+def _disagree(ctx: RankContext, world: dist.ProcessGroup) -> list[str]:
+    """What this rank hears when rank 3 holds another plan, and when rank 1 cannot go on."""
     plan = _plan(4, 3).plan
     if ctx.rank == 3:
         plan = replace(plan, makespan_ns=plan.makespan_ns + 1)
-    ctx.note("agree")
-    try:
-        agree({"plan": verify(plan).fingerprint}, world)
-    except PlanMismatchError as error:
-        return str(error)
-    return "agreed"
+    heard = []
+    for plans, failure in ((plan, ""), (_plan(4, 3).plan, "no data" if ctx.rank == 1 else "")):
+        ctx.note("agree")
+        try:
+            agree({"plan": verify(plans).fingerprint}, world, failure=failure)
+        except PlanMismatchError as error:
+            heard.append(str(error))
+    return heard
 
 
 @pytest.fixture(scope="module", name="ranks")
@@ -161,7 +164,9 @@ def test_bytes_of_any_length_are_gathered(ranks: list[dict[str, Any]]) -> None:
 
 def test_a_plan_that_differs_on_one_rank_is_refused_by_all(ranks: list[dict[str, Any]]) -> None:
     for one in ranks:
-        assert one["mismatch"].startswith("ranks [3] of [0, 1, 2, 3] hold another plan")
+        other_plan, failed = one["mismatch"]
+        assert other_plan.startswith("ranks [3] of [0, 1, 2, 3] hold another plan")
+        assert failed == "rank 1 cannot run the plan: no data"
 
 
 def _peer_fails(ctx: RankContext, dies: bool) -> None:
