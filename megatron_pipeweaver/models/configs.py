@@ -60,6 +60,8 @@ def root_config(model: ModelSpec, layout: ChunkLayout, options: ModelOptions) ->
     config.pipeline_model_parallel_size = layout.pipeline_size
     if layout.pipeline_size > 1:
         config.virtual_pipeline_model_parallel_size = layout.virtual_size
+        # Megatron's default; its own interleaved schedule, where it runs these chunks, reads it.
+        config.microbatch_group_size_per_vp_stage = layout.pipeline_size
     return config
 
 

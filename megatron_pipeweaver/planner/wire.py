@@ -45,9 +45,9 @@ def encode(planned: PlannedIteration, batch_digest: str) -> bytes:
     return to_bytes(header) + plan_to_json(planned.plan.plan)
 
 
-def encode_failure(error: Exception) -> bytes:
-    """The reason why there is no plan, for the ranks that wait for one."""
-    return to_bytes({"format": WIRE_FORMAT, "failure": f"{type(error).__name__}: {error}"})
+def encode_failure(reason: str) -> bytes:
+    """`reason` why there is no plan, for the ranks that wait for one."""
+    return to_bytes({"format": WIRE_FORMAT, "failure": reason})
 
 
 def decode(data: bytes, source: str = "plan from the planning rank") -> ReceivedPlan:

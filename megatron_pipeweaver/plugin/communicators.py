@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,15 +18,15 @@ from megatron_pipeweaver.runtime.transfer import ProcessGroupTransport
 class Communicators:
     """One rank's means to talk to the ranks that share its plan.
 
-    `control` is a CPU group of every rank with this rank's share of the data: all pipeline,
-    tensor and context ranks of one replica, which run one plan. `planning_rank` is the global
-    rank in it that plans. `transport` moves activations along this rank's pipeline.
+    `control` is a CPU group of all pipeline, tensor and context ranks of one replica, which run
+    one plan; `planning_rank` is the global rank in it that plans. `pipeline` is a CPU group of
+    this rank's pipeline, in pipeline order; `transport` moves activations along it.
     """
 
     control: dist.ProcessGroup
     planning_rank: int
+    pipeline: dist.ProcessGroup
     pipeline_rank: int
-    pipeline_size: int
     transport: ProcessGroupTransport
 
 
@@ -36,27 +37,33 @@ def connect(pipeline_group: dist.ProcessGroup, timeout: timedelta) -> Communicat
         pipeline_group: this rank's pipeline-parallel group.
         timeout: how long a wait may last before it ends with an error.
     """
-    pipeline = dist.get_process_group_ranks(pipeline_group)
-    rows = _gather_integers([parallel_state.get_data_parallel_rank(), *pipeline])
+    mine = tuple(dist.get_process_group_ranks(pipeline_group))
+    rows = _gather_integers([parallel_state.get_data_parallel_rank(), *mine])
+    pipelines = sorted({tuple(row[1:]) for row in rows})
     replicas: dict[int, list[int]] = {}
     for rank, (replica, *_) in enumerate(rows):
         replicas.setdefault(replica, []).append(rank)
-    mine: dist.ProcessGroup | None = None
-    for ranks in (replicas[replica] for replica in sorted(replicas)):
-        group = dist.new_group(ranks, backend="gloo", timeout=timeout)
-        if dist.get_rank() in ranks:
-            mine = group
-    assert mine is not None
-    pipelines = sorted({tuple(row[1:]) for row in rows})
+    control = _own_group([replicas[replica] for replica in sorted(replicas)], timeout)
     return Communicators(
-        control=mine,
-        planning_rank=min(dist.get_process_group_ranks(mine)),
-        pipeline_rank=pipeline.index(dist.get_rank()),
-        pipeline_size=len(pipeline),
+        control=control,
+        planning_rank=min(dist.get_process_group_ranks(control)),
+        pipeline=_own_group(pipelines, timeout),
+        pipeline_rank=mine.index(dist.get_rank()),
         transport=ProcessGroupTransport(
             pipelines, device=torch.device(torch.cuda.current_device()), timeout=timeout
         ),
     )
+
+
+def _own_group(partition: Collection[Collection[int]], timeout: timedelta) -> dist.ProcessGroup:
+    """A CPU group for every part of the job's ranks, made in one order; returns this rank's."""
+    own: dist.ProcessGroup | None = None
+    for ranks in partition:
+        group = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
+        if dist.get_rank() in ranks:
+            own = group
+    assert own is not None
+    return own
 
 
 def _gather_integers(row: list[int]) -> list[list[int]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
-from megatron_pipeweaver.errors import PlanMismatchError, UnsupportedMegatronError
+from megatron_pipeweaver.errors import PipeWeaverError, UnsupportedMegatronError
 from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.trace import Trace
@@ -59,6 +59,15 @@ class IterationReport:
     batch: BatchMetadata | None
     measured_ns: int
     trace: Trace | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Load:
+    """What a rank has of an iteration's batch, or why it has nothing."""
+
+    microbatches: Sequence[Mapping[str, Any] | None] = ()
+    batch: BatchMetadata | None = None
+    failure: str = ""
 
 
 class PipeWeaverSchedule:
@@ -134,13 +143,12 @@ class PipeWeaverSchedule:
         if self._communicators is None:
             self._communicators = connect(groups.pp, self._wait_timeout)
         with _timed(config):
-            microbatches = pull_microbatches(data_iterator, num_microbatches)
-            batch = describe_batch(microbatches, self._describe)
-            received, planned = self._plan_for(batch, forward_only, self._communicators)
+            load = self._load(data_iterator, num_microbatches)
+            received, planned = self._plan_for(load, forward_only, self._communicators)
             context = StepContext(
                 forward_step_func=forward_step_func,
                 model=chunks,
-                microbatches=microbatches,
+                microbatches=load.microbatches,
                 config=config,
                 context_parallel_size=groups.cp.size(),
                 forward_only=forward_only,
@@ -150,7 +158,7 @@ class PipeWeaverSchedule:
             stages = MegatronStages(context, self.layout, received.plan.plan)
             recorder = Recorder(self._iteration, received.plan.fingerprint)
             if self._gather_traces:
-                recorder.start(self._communicators.control)
+                recorder.start(self._communicators.pipeline)
             start_ns = time.perf_counter_ns()
             with _no_gradient_sync(config):
                 Executor(
@@ -162,46 +170,59 @@ class PipeWeaverSchedule:
             measured_ns = time.perf_counter_ns() - start_ns
             if not forward_only:
                 finish_gradients(chunks, config, stages.num_tokens, groups, force_all_reduce)
-        self._report(received, planned, batch, forward_only, measured_ns, recorder)
+        self._report(received, planned, load.batch, forward_only, measured_ns, recorder)
         return stages.losses()
 
+    def _load(self, data_iterator: DataIterator, count: int) -> _Load:
+        """This rank's microbatches and their metadata, or why it has none."""
+        try:
+            microbatches = pull_microbatches(data_iterator, count)
+            batch = describe_batch(microbatches, self._describe)
+        except Exception as error:
+            _log.exception("no batch on this rank")
+            return _Load(failure=f"{type(error).__name__}: {error}")
+        return _Load(microbatches=microbatches, batch=batch)
+
     def _plan_for(
-        self, batch: BatchMetadata | None, forward_only: bool, ranks: Communicators
+        self, load: _Load, forward_only: bool, ranks: Communicators
     ) -> tuple[ReceivedPlan, PlannedIteration | None]:
-        """The plan for exactly this batch, equal on every rank that runs it."""
+        """The plan for exactly this batch, equal on every rank that runs it.
+
+        Whatever fails on one rank is told to all in one exchange, so that none waits for it.
+        """
         planned = None
         message = None
         if torch.distributed.get_rank() == ranks.planning_rank:
-            planned, message = self._make_plan(batch, forward_only)
-        received = decode(broadcast_bytes(message, ranks.control, ranks.planning_rank))
-        agree(received.plan.fingerprint, ranks.control)
-        mine = received.batch_digest if batch is None else batch_digest(batch)
+            planned, message = self._make_plan(load, forward_only)
+        data = broadcast_bytes(message, ranks.control, ranks.planning_rank)
+        received, failure = None, load.failure
+        held = {"plan": "", "batch": "" if load.batch is None else batch_digest(load.batch)}
         try:
-            agree(mine, ranks.control)
-        except PlanMismatchError as error:
-            raise PlanMismatchError(
-                f"the batch does not match its plan: {error}; every rank of a replica must load "
-                "the same microbatches"
-            ) from None
+            received = decode(data)
+            held["plan"] = received.plan.fingerprint
+            held["batch"] = held["batch"] or received.batch_digest
+        except PipeWeaverError as error:
+            failure = failure or str(error)
+        agree(held, ranks.control, failure=failure)
+        assert received is not None  # else `agree` has raised, here and everywhere
         return received, planned
 
-    def _make_plan(
-        self, batch: BatchMetadata | None, forward_only: bool
-    ) -> tuple[PlannedIteration | None, bytes]:
+    def _make_plan(self, load: _Load, forward_only: bool) -> tuple[PlannedIteration | None, bytes]:
         """The plan and its bytes, or the reason why there is none.
 
         Whatever goes wrong here, the ranks that wait must hear of it, so nothing may escape.
         """
+        if load.batch is None:
+            reason = (
+                load.failure or "it loads no data; give the first pipeline rank a data iterator"
+            )
+            return None, encode_failure(reason)
         try:
-            if batch is None:
-                raise PlanMismatchError(
-                    "the planning rank loads no data; give the first pipeline rank a data iterator"
-                )
-            planned = self._planner.plan(batch, forward_only=forward_only)
+            planned = self._planner.plan(load.batch, forward_only=forward_only)
         except Exception as error:
             _log.debug("planning failed", exc_info=True)
-            return None, encode_failure(error)
-        return planned, encode(planned, batch_digest(batch))
+            return None, encode_failure(f"{type(error).__name__}: {error}")
+        return planned, encode(planned, batch_digest(load.batch))
 
     def _report(
         self,
@@ -214,7 +235,7 @@ class PipeWeaverSchedule:
     ) -> None:
         trace = None
         if self._gather_traces and self._communicators is not None:
-            trace = recorder.gather_trace(self._communicators.control)
+            trace = recorder.gather_trace(self._communicators.pipeline)
         if self._on_iteration is not None:
             self._on_iteration(
                 IterationReport(
@@ -254,7 +275,7 @@ def refuse_unsupported(config: Any, adjust_tensor_shapes_fn: Any) -> None:
 
 
 def finish_gradients(
-    chunks: Sequence[torch.nn.Module],
+    chunks: Sequence[Any],
     config: Any,
     num_tokens: torch.Tensor,
     groups: Any,
