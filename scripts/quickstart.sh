@@ -13,6 +13,8 @@ RANKS=4
 train() {
     cd "$REPO"
     export OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 CUDA_VISIBLE_DEVICES='' PYTHONUNBUFFERED=1
+    # megatron-core warns on every rank of what this run does without (Apex, Transformer Engine).
+    export PYTHONWARNINGS=ignore
     [ "$(uname)" != Linux ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
     exec .venv/bin/torchrun --nnodes 1 --nproc-per-node "$RANKS" --local-addr 127.0.0.1 \
         --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 scripts/quickstart/train.py "$@"
