@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 class RawProblem:
     ranks: int
     microbatches: int
@@ -21,6 +23,7 @@ class Policy:
     key: list[int]
     level: list[int]
     load: list[int]
+    release: list[int]
     load_limit: int
     split: bool
     alternate: bool
@@ -48,12 +51,39 @@ class Bounds:
     @property
     def jackson(self) -> list[int]: ...
 
+class SearchOptions:
+    budget_ns: int
+    threads: int
+    seed: int
+    max_rounds: int
+    split: bool
+    in_order: bool
+    def __init__(self) -> None: ...
+
+class SearchOutcome:
+    @property
+    def best(self) -> Timetable: ...
+    @property
+    def evaluations(self) -> int: ...
+    @property
+    def found_ns(self) -> int: ...
+    @property
+    def rounds(self) -> int: ...
+    @property
+    def thread(self) -> int: ...
+
 class Core:
     def __init__(self, raw: RawProblem, in_order: bool) -> None: ...
     def shortage(self) -> tuple[int, int, int, bool] | None: ...
     def bounds(self) -> Bounds: ...
     def decode(self, policy: Policy) -> Timetable: ...
     def retime(self, order: list[list[int]], level: list[int], split: bool) -> Timetable: ...
+    def search(
+        self,
+        options: SearchOptions,
+        start: Timetable,
+        listener: Callable[[int, int, int, int], None] | None,
+    ) -> SearchOutcome: ...
     def refill(self, table: Timetable, split: bool, keep: bool) -> Timetable: ...
     def peak_memory(self, table: Timetable, split: bool) -> list[int]: ...
     @property

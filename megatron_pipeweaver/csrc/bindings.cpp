@@ -11,6 +11,7 @@
 #include "decode.hpp"
 #include "memory.hpp"
 #include "model.hpp"
+#include "search.hpp"
 #include "timing.hpp"
 
 namespace py = pybind11;
@@ -65,6 +66,19 @@ class Core {
     return table;
   }
 
+  SearchOutcome run_search(const SearchOptions& options, const Timetable& start,
+                           const std::function<void(i64, i64, i64, i32)>& listener) const {
+    Listener guarded;
+    if (listener) {
+      guarded = [&listener](i64 makespan, i64 elapsed, i64 evaluations, i32 thread) {
+        py::gil_scoped_acquire acquire;
+        listener(makespan, elapsed, evaluations, thread);
+      };
+    }
+    py::gil_scoped_release release;
+    return search(model_, alone_, options, start, guarded);
+  }
+
   const Model& model() const { return model_; }
   const std::vector<Alone>& alone() const { return alone_; }
 
@@ -72,7 +86,7 @@ class Core {
   void check(const Policy& policy) const {
     const auto microbatches = static_cast<std::size_t>(model_.microbatches);
     if (policy.key.size() != 3 * static_cast<std::size_t>(model_.pairs) ||
-        policy.load.size() != microbatches ||
+        policy.load.size() != microbatches || policy.release.size() != microbatches ||
         policy.level.size() != static_cast<std::size_t>(model_.pairs)) {
       throw py::value_error("policy: a list has the wrong length");
     }
@@ -117,6 +131,7 @@ PYBIND11_MODULE(_core, module) {
       .def_readwrite("key", &Policy::key)
       .def_readwrite("level", &Policy::level)
       .def_readwrite("load", &Policy::load)
+      .def_readwrite("release", &Policy::release)
       .def_readwrite("load_limit", &Policy::load_limit)
       .def_readwrite("split", &Policy::split)
       .def_readwrite("alternate", &Policy::alternate)
@@ -136,12 +151,29 @@ PYBIND11_MODULE(_core, module) {
       .def_readonly("critical_path", &Bounds::critical_path)
       .def_readonly("jackson", &Bounds::jackson);
 
+  py::class_<SearchOptions>(module, "SearchOptions")
+      .def(py::init<>())
+      .def_readwrite("budget_ns", &SearchOptions::budget_ns)
+      .def_readwrite("threads", &SearchOptions::threads)
+      .def_readwrite("seed", &SearchOptions::seed)
+      .def_readwrite("max_rounds", &SearchOptions::max_rounds)
+      .def_readwrite("split", &SearchOptions::split)
+      .def_readwrite("in_order", &SearchOptions::in_order);
+
+  py::class_<SearchOutcome>(module, "SearchOutcome")
+      .def_readonly("best", &SearchOutcome::best)
+      .def_readonly("evaluations", &SearchOutcome::evaluations)
+      .def_readonly("found_ns", &SearchOutcome::found_ns)
+      .def_readonly("rounds", &SearchOutcome::rounds)
+      .def_readonly("thread", &SearchOutcome::thread);
+
   py::class_<Core>(module, "Core")
       .def(py::init<const RawProblem&, bool>(), py::arg("raw"), py::arg("in_order"))
       .def("shortage", &Core::shortage)
       .def("bounds", [](const Core& core) { return lower_bounds(core.model()); })
       .def("decode", &Core::decode, py::arg("policy"))
       .def("retime", &Core::retime, py::arg("order"), py::arg("level"), py::arg("split"))
+      .def("search", &Core::run_search, py::arg("options"), py::arg("start"), py::arg("listener"))
       .def("refill", &Core::refill, py::arg("table"), py::arg("split"), py::arg("keep"))
       .def("peak_memory", [](const Core& core, const Timetable& table,
                              bool split) { return peak_memory(core.model(), table, split); })

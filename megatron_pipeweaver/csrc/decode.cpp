@@ -250,7 +250,7 @@ bool Decoder::offer_entering(i32 pass, Choice& best) {
   const i32 pair = m_.pass_begin[pass];
   const i32 level = admit(pair);
   if (level < 0) return false;
-  const i64 start = ranks_[0].free;
+  const i64 start = std::max(ranks_[0].free, policy_->release[k]);
   const i64 key = policy_->key[op_of(pair, kForward)];
   if (better(start, key, pair, best.start, best.key, best.pair)) {
     best = {start, key, pair, kForward, level};

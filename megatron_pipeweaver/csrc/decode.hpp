@@ -15,16 +15,17 @@ inline constexpr i64 kNever = std::numeric_limits<i64>::max();
 
 // What a decode obeys. Of what may start first, the least key goes first.
 struct Policy {
-  std::vector<i64> key;     // per op; of weight gradients it is read only when `split`
-  std::vector<i32> level;   // per stage pair: the fastest level it may use
-  std::vector<i64> load;    // per microbatch: what it counts for while in flight
-  i64 load_limit = kNever;  // no microbatch starts above it, unless none is in flight
-  bool split = true;        // weight gradients are ops of their own
-  bool alternate = false;   // forward and backward by turns where both could start (1F1B)
-  bool adaptive = true;     // a forward in mid-chain takes a leaner level rather than wait
-  bool in_order = false;    // each stage's backwards in the order of microbatches
-  i64 patience = 0;         // 1/256ths of a weight gradient that a gap must have to hold it
-  i64 hold = 0;             // an op may wait this long (ns) for one with a lesser key
+  std::vector<i64> key;      // per op; of weight gradients it is read only when `split`
+  std::vector<i32> level;    // per stage pair: the fastest level it may use
+  std::vector<i64> load;     // per microbatch: what it counts for while in flight
+  std::vector<i64> release;  // per microbatch: it does not start before (ns)
+  i64 load_limit = kNever;   // no microbatch starts above it, unless none is in flight
+  bool split = true;         // weight gradients are ops of their own
+  bool alternate = false;    // forward and backward by turns where both could start (1F1B)
+  bool adaptive = true;      // a forward in mid-chain takes a leaner level rather than wait
+  bool in_order = false;     // each stage's backwards in the order of microbatches
+  i64 patience = 0;          // 1/256ths of a weight gradient that a gap must have to hold it
+  i64 hold = 0;              // an op may wait this long (ns) for one with a lesser key
 };
 
 struct Timetable {

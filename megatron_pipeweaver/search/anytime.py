@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from megatron_pipeweaver._core import Timetable
+from megatron_pipeweaver._core import SearchOptions, Timetable
 from megatron_pipeweaver.config import SearchConfig
 from megatron_pipeweaver.ir.problem import Problem
 from megatron_pipeweaver.ir.schedule import Schedule
@@ -68,61 +68,89 @@ def solve(
     """
     started = time.perf_counter_ns()
     native = NativeProblem(problem, in_order=config.deterministic)
-    fastest = [count - 1 for count in native.level_counts()]
-    best: tuple[Timetable, bool] = (
-        native.core.decode(
-            policy(
-                problem,
-                fastest,
-                split=config.split_weight_grad,
-                in_order=config.deterministic,
-            )
-        ),
-        config.split_weight_grad,
-    )
+    first = _first(native, config)
     first_ns = time.perf_counter_ns() - started
-    evaluations = 1
-    _report(on_improvement, best[0], first_ns, evaluations)
-    baselines = {}
-    for name, build in BASELINES.items():
-        table = best_level(native, build)
-        baselines[name] = table.makespan
-        evaluations += 1
-        if table.makespan < best[0].makespan:
-            best = (table, False)
-            _report(on_improvement, table, time.perf_counter_ns() - started, evaluations)
+    report = _Reporter(on_improvement)
+    report(first.makespan, first_ns, 1, 0)
+    baselines = {name: best_level(native, build) for name, build in BASELINES.items()}
+    static = min(baselines.values(), key=lambda table: table.makespan)
     bounds = lower_bounds(native.core)
+    options = _options(config)
+    options.budget_ns = max(0, deadline(problem, config) - (time.perf_counter_ns() - started))
+    before_ns = time.perf_counter_ns() - started
+    outcome = native.core.search(
+        options,
+        first,
+        lambda makespan, elapsed, count, thread: report(
+            makespan, before_ns + elapsed, count, thread
+        ),
+    )
+    best, split = outcome.best, config.split_weight_grad
+    if static.makespan < best.makespan:
+        best, split = static, False
+        report(best.makespan, time.perf_counter_ns() - started, outcome.evaluations, 0)
     schedule = native.schedule(
-        best[0],
-        split=best[1],
-        lower_bound_ns=max(bounds.values()),
-        problem_sha256=problem_sha256,
+        best, split=split, lower_bound_ns=max(bounds.values()), problem_sha256=problem_sha256
     )
     return SearchResult(
         schedule=schedule,
         bounds=bounds,
-        baselines=baselines,
+        baselines={name: table.makespan for name, table in baselines.items()},
         elapsed_ns=time.perf_counter_ns() - started,
         first_ns=first_ns,
-        evaluations=evaluations,
+        evaluations=outcome.evaluations + 1 + len(baselines),
         seed=config.seed,
-        thread=0,
+        thread=outcome.thread,
     )
 
 
-def _report(
-    listener: Callable[[Improvement], None] | None,
-    table: Timetable,
-    elapsed_ns: int,
-    evaluations: int,
-) -> None:
-    logger.info("schedule of %d ns after %d ns", table.makespan, elapsed_ns)
-    if listener is not None:
-        listener(
-            Improvement(
-                makespan_ns=table.makespan,
-                elapsed_ns=elapsed_ns,
-                evaluations=evaluations,
-                thread=0,
+NS_PER_OP = 5_000
+"""What turning one op of the best schedule into Python objects may take."""
+
+
+def deadline(problem: Problem, config: SearchConfig) -> int:
+    """When the native search has to end so that the result is there within the budget (ns)."""
+    ops = sum(3 * len(one.stages) for _, one in problem.passes())
+    return config.time_budget_ns - NS_PER_OP * ops
+
+
+def _first(native: NativeProblem, config: SearchConfig) -> Timetable:
+    """A valid schedule at once: one decode at the fastest strategies that memory admits."""
+    fastest = [count - 1 for count in native.level_counts()]
+    made = policy(
+        native.problem, fastest, split=config.split_weight_grad, in_order=config.deterministic
+    )
+    return native.core.decode(made)
+
+
+def _options(config: SearchConfig) -> SearchOptions:
+    options = SearchOptions()
+    options.threads = config.threads
+    options.seed = config.seed
+    options.max_rounds = -1 if config.max_rounds is None else config.max_rounds
+    options.split = config.split_weight_grad
+    options.in_order = config.deterministic
+    return options
+
+
+class _Reporter:
+    """Passes improvements on to the caller and the log; only ever better ones."""
+
+    def __init__(self, listener: Callable[[Improvement], None] | None) -> None:
+        self._listener = listener
+        self._best_ns: int | None = None
+
+    def __call__(self, makespan_ns: int, elapsed_ns: int, evaluations: int, thread: int) -> None:
+        if self._best_ns is not None and makespan_ns >= self._best_ns:
+            return
+        self._best_ns = makespan_ns
+        logger.debug("schedule of %d ns after %d ns", makespan_ns, elapsed_ns)
+        if self._listener is not None:
+            self._listener(
+                Improvement(
+                    makespan_ns=makespan_ns,
+                    elapsed_ns=elapsed_ns,
+                    evaluations=evaluations,
+                    thread=thread,
+                )
             )
-        )

@@ -86,6 +86,7 @@ def policy(
     made.key = class_keys(problem, [keys or Keys()] * problem_passes(problem))
     made.level = levels
     made.load = [1] * len(problem.microbatches)
+    made.release = [0] * len(problem.microbatches)
     made.load_limit = NEVER
     made.split = split
     made.in_order = in_order
