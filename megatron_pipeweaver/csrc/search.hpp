@@ -1,0 +1,63 @@
+// The anytime search: a portfolio of policies first, then annealing over keys and levels.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <vector>
+
+#include "decode.hpp"
+#include "memory.hpp"
+#include "model.hpp"
+#include "timing.hpp"
+
+namespace pipeweaver {
+
+// splitmix64: small, fast, the same on every machine.
+class Random {
+ public:
+  explicit Random(std::uint64_t seed) : state_(seed) {}
+  std::uint64_t next() {
+    std::uint64_t z = (state_ += 0x9e3779b97f4a7c15ULL);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
+    return z ^ (z >> 31);
+  }
+  // Uniform in [0, n), n > 0.
+  i64 below(i64 n) { return static_cast<i64>(next() % static_cast<std::uint64_t>(n)); }
+  double unit() { return static_cast<double>(next() >> 11) * 0x1.0p-53; }
+
+ private:
+  std::uint64_t state_;
+};
+
+struct SearchOptions {
+  i64 budget_ns = 0;
+  i32 threads = 1;
+  std::uint64_t seed = 0;
+  i64 max_rounds = -1;  // per thread; -1: until the time is up
+  bool split = true;
+  bool in_order = false;
+};
+
+struct SearchOutcome {
+  Timetable best;
+  i64 evaluations = 0;
+  i64 found_ns = 0;
+  i64 rounds = 0;
+  i32 thread = 0;
+};
+
+using Clock = std::chrono::steady_clock;
+
+// Called under a lock whenever a better schedule is found: makespan, nanoseconds, evaluations,
+// thread.
+using Listener = std::function<void(i64, i64, i64, i32)>;
+
+SearchOutcome search(const Model& model, const std::vector<Alone>& alone,
+                     const SearchOptions& options, const Timetable& start,
+                     const Listener& listener);
+
+}  // namespace pipeweaver
