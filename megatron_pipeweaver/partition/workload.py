@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -122,42 +122,67 @@ def _check_names(
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _PassMaker:
-    """Passes of one microbatch after another, under settings that do not change."""
+    """Passes of one microbatch after another; equal ones are made once."""
 
-    model: ModelSpec
-    layout: ChunkLayout
-    sub_microbatch: Mapping[str, int]
-    costs: CostModel
-    forward_only: bool
-    sequence_shards: int
-    element_bytes: int
+    __slots__ = (
+        "_costs",
+        "_element_bytes",
+        "_forward_only",
+        "_layout",
+        "_made",
+        "_model",
+        "_sequence_shards",
+        "_sub_microbatch",
+    )
+
+    def __init__(
+        self,
+        *,
+        model: ModelSpec,
+        layout: ChunkLayout,
+        sub_microbatch: Mapping[str, int],
+        costs: CostModel,
+        forward_only: bool,
+        sequence_shards: int,
+        element_bytes: int,
+    ) -> None:
+        self._model = model
+        self._layout = layout
+        self._sub_microbatch = sub_microbatch
+        self._costs = costs
+        self._forward_only = forward_only
+        self._sequence_shards = sequence_shards
+        self._element_bytes = element_bytes
+        self._made: dict[Hashable, Pass] = {}
 
     def passes(self, metadata: MicrobatchMetadata) -> Iterator[tuple[Pass, PassPayload]]:
         """Every pass of one microbatch with its payload, modules in forward order."""
         shares: dict[str, tuple[_Share, ...]] = {}
         frozen: dict[str, bool] = {}
-        for module, cut in zip(self.model.modules, self.layout.modules, strict=True):
+        for module, cut in zip(self._model.modules, self._layout.modules, strict=True):
             present = [name for name in module.after if shares[name]]
             shares[module.name] = self._shares(module, metadata)
-            frozen[module.name] = self.forward_only or (
+            frozen[module.name] = self._forward_only or (
                 module.frozen and all(frozen[name] for name in present)
             )
             after = tuple((name, sub) for name in present for sub in range(len(shares[name])))
             for sub, share in enumerate(shares[module.name]):
                 hidden_shape = self._hidden_shape(module, share.load)
-                yield (
-                    Pass(
+                key = (module.name, sub, after, frozen[module.name], share.load)
+                if key not in self._made:
+                    self._made[key] = Pass(
                         module=module.name,
                         sub_microbatch=sub,
                         after=after,
-                        p2p_latency_ns=self.costs.p2p_latency_ns(
-                            prod(hidden_shape) * self.element_bytes
+                        p2p_latency_ns=self._costs.p2p_latency_ns(
+                            prod(hidden_shape) * self._element_bytes
                         ),
-                        stages=tuple(self._stages(module, cut, share.load, frozen[module.name])),
+                        stages=self._stages(module, cut, share.load, frozen[module.name]),
                         frozen=frozen[module.name],
-                    ),
+                    )
+                yield (
+                    self._made[key],
                     PassPayload(
                         item_start=share.start,
                         item_stop=share.stop,
@@ -167,14 +192,15 @@ class _PassMaker:
                 )
 
     def _hidden_shape(self, module: ModuleSpec, load: Load) -> tuple[int, ...]:
-        return (-(-load.sequence // self.sequence_shards), load.batch, module.hidden_size)
+        return (-(-load.sequence // self._sequence_shards), load.batch, module.hidden_size)
 
     def _stages(
         self, module: ModuleSpec, cut: ModuleLayout, load: Load, frozen: bool
-    ) -> Iterator[tuple[Strategy, ...]]:
+    ) -> tuple[tuple[Strategy, ...], ...]:
         first_layer = 0
+        stages = []
         for stage, layers in enumerate(cut.layers):
-            strategies = self.costs.stage_strategies(
+            strategies = self._costs.stage_strategies(
                 module,
                 StageShape(
                     layers=layers,
@@ -184,16 +210,17 @@ class _PassMaker:
                 ),
                 load,
             )
-            yield (_forward_alone(strategies),) if frozen else strategies
+            stages.append((_forward_alone(strategies),) if frozen else strategies)
             first_layer += layers
+        return tuple(stages)
 
     def _shares(self, module: ModuleSpec, metadata: MicrobatchMetadata) -> tuple[_Share, ...]:
-        if module is self.model.backbone:
+        if module is self._model.backbone:
             return (self._whole(module, metadata),)
         items = metadata.items.get(module.name, ())
         return tuple(
             self._part(module, start, items[start:stop])
-            for start, stop in split(len(items), self.sub_microbatch[module.name])
+            for start, stop in split(len(items), self._sub_microbatch[module.name])
         )
 
     def _whole(self, module: ModuleSpec, metadata: MicrobatchMetadata) -> _Share:
@@ -202,11 +229,12 @@ class _PassMaker:
         if metadata.document_lengths:
             padding = metadata.sequence_length * metadata.samples - sum(metadata.document_lengths)
             lengths = metadata.document_lengths + ((padding,) if padding else ())
+        # Tokens that are placed in the sequence itself are no context.
         context = tuple(
             item.tokens
             for name in module.after
             for item in metadata.items.get(name, ())
-            if item.tokens
+            if item.tokens and module.layer.context_size is not None
         )
         load = Load(
             sequence=metadata.sequence_length,

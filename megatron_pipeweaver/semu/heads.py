@@ -129,13 +129,19 @@ def projector(module: ModuleSpec, load: Load, options: RunOptions) -> Subgraph:
     return sketch.finish()
 
 
-def vocabulary_head(
-    module: ModuleSpec, load: Load, options: RunOptions, *, shares_embedding: bool = False
-) -> Subgraph:
-    """Logits and vocabulary-parallel cross entropy; the loss keeps its softmax in fp32.
+def vocabulary_head(module: ModuleSpec, load: Load, options: RunOptions) -> Subgraph:
+    """Logits and vocabulary-parallel cross entropy; the loss keeps its softmax in fp32."""
+    return _vocabulary_head(module, load, options, shares_embedding=False)
 
-    `shares_embedding` says that the weight is the embedding's of the same stage.
-    """
+
+def tied_vocabulary_head(module: ModuleSpec, load: Load, options: RunOptions) -> Subgraph:
+    """The same, with the weight of the token embedding of the same stage."""
+    return _vocabulary_head(module, load, options, shares_embedding=True)
+
+
+def _vocabulary_head(
+    module: ModuleSpec, load: Load, options: RunOptions, *, shares_embedding: bool
+) -> Subgraph:
     sketch = Sketch("vocabulary_head", options)
     rows, width = load.tokens, module.hidden_size
     vocabulary = shard(module.vocab_size or 1, options)

@@ -27,8 +27,8 @@ def stage_parameters(module: ModuleSpec, stage: StageShape, options: RunOptions)
         sequence=units, batch=1, lengths=(units,), output_tokens=1, context_lengths=(1,)
     )
     return sum(
-        part.copies * part.graph.parameters
-        for part in stage_parts(module, stage, one_token, options)
+        part.copies * part.build(options).parameters
+        for part in stage_parts(module, stage, one_token)
     )
 
 

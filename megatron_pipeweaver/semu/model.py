@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_pipeweaver import __version__
+from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.lmm import ModuleSpec
 from megatron_pipeweaver.ir.problem import Strategy
 from megatron_pipeweaver.semu.cost import CostRule, OperatorCosts
@@ -12,8 +14,8 @@ from megatron_pipeweaver.semu.devices import DeviceProfile
 from megatron_pipeweaver.semu.graph import Memory, Store, emulate
 from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.options import RunOptions
-from megatron_pipeweaver.semu.reuse import Reuse
-from megatron_pipeweaver.semu.stages import Part, stage_parts
+from megatron_pipeweaver.semu.reuse import DiskCache, Reuse, content_key
+from megatron_pipeweaver.semu.stages import Part, canonical_stage, stage_parts
 from megatron_pipeweaver.semu.strategies import LayerStrategy, held_tensors, recomputed
 from megatron_pipeweaver.semu.training import backward_graph, forward_graph
 from megatron_pipeweaver.semu.work import OperatorClass, Phase, Queue, Subgraph, Work
@@ -56,9 +58,22 @@ class AnalyticCostModel:
         rules: a user's own latencies by operator class.
         reuse: where results are kept; one of its own if none is given.
         strategies: the candidates for a stage's layers, all of them alike.
+        disk: stage pairs of earlier runs; not together with `rules`, whose content is unknown.
+
+    Raises:
+        ConfigError: `disk` and `rules` are both given.
     """
 
-    __slots__ = ("_context", "_costs", "options", "profile", "reuse", "strategies")
+    __slots__ = (
+        "_content",
+        "_context",
+        "_costs",
+        "_disk",
+        "options",
+        "profile",
+        "reuse",
+        "strategies",
+    )
 
     def __init__(
         self,
@@ -68,12 +83,17 @@ class AnalyticCostModel:
         rules: Mapping[OperatorClass, CostRule] | None = None,
         reuse: Reuse | None = None,
         strategies: tuple[LayerStrategy, ...] = DEFAULT_STRATEGIES,
+        disk: DiskCache | None = None,
     ) -> None:
+        if disk is not None and rules:
+            raise ConfigError("cost model: own latency rules cannot be cached on disk; drop one")
         self.profile = profile
         self.options = options
         self.reuse = Reuse() if reuse is None else reuse
         self.strategies = strategies
         self._costs = OperatorCosts(profile, rules, _scale_out_queues(profile, options))
+        self._disk = disk
+        self._content = content_key(__version__, profile, options, strategies)
         # Models that share a `Reuse` share results only where all of this is equal.
         self._context = self.reuse.context((profile, options, strategies, rules))
 
@@ -85,9 +105,10 @@ class AnalyticCostModel:
         A frozen module's weight gradient takes no time; whether it has a backward at all is the
         pass's affair. Times in nanoseconds, memory in bytes.
         """
+        stage = canonical_stage(module, stage)
         return self.reuse.get(
             (self._context, "stage", module, stage, load),
-            lambda: self._stage_strategies(module, stage, load),
+            lambda: self._found_strategies(module, stage, load),
         )
 
     def p2p_latency_ns(self, size_bytes: int) -> int:
@@ -100,32 +121,34 @@ class AnalyticCostModel:
         """Device memory that a stage needs for a while, beyond what its strategies hold."""
         return max(
             (
-                self.graph_cost(part.graph, strategy).working_bytes
-                for part in self._parts(module, stage, load)
+                self.part_cost(part, strategy).working_bytes
+                for part in stage_parts(module, stage, load)
                 for strategy in (self.strategies if part.is_layer else DEFAULT_STRATEGIES[:1])
             ),
             default=0,
         )
 
-    def graph_cost(
-        self, graph: Subgraph, strategy: LayerStrategy = LayerStrategy.KEEP
-    ) -> GraphCost:
-        """Times and memory of one subgraph under one strategy."""
+    def part_cost(self, part: Part, strategy: LayerStrategy = LayerStrategy.KEEP) -> GraphCost:
+        """Times and memory of one copy of a part under one strategy."""
         return self.reuse.get(
-            (self._context, "graph", graph, strategy), lambda: self._emulate(graph, strategy)
+            (self._context, "part", part.make, part.arguments, strategy),
+            lambda: self.graph_cost(self._graph(part), strategy),
+        )
+
+    def _graph(self, part: Part) -> Subgraph:
+        return self.reuse.get(
+            (self._context, "graph", part.make, part.arguments),
+            lambda: part.build(self.options),
         )
 
     def latency_ns(self, graph: Subgraph, phase: Phase) -> int:
         """Sum of the latencies of one phase of all operators, as if nothing ran side by side."""
         return sum(self._costs.latency_ns(one, phase) for one in graph.operators)
 
-    def _parts(self, module: ModuleSpec, stage: StageShape, load: Load) -> tuple[Part, ...]:
-        return self.reuse.get(
-            (self._context, "parts", module, stage, load),
-            lambda: stage_parts(module, stage, load, self.options),
-        )
-
-    def _emulate(self, graph: Subgraph, strategy: LayerStrategy) -> GraphCost:
+    def graph_cost(
+        self, graph: Subgraph, strategy: LayerStrategy = LayerStrategy.KEEP
+    ) -> GraphCost:
+        """Times and memory of one subgraph under one strategy, emulated anew."""
         again = recomputed(strategy, graph)
         latency = self._costs.latency_ns
         forward = emulate(forward_graph(graph, latency, again))
@@ -155,10 +178,20 @@ class AnalyticCostModel:
         work = Work(network_bytes=size_bytes, steps=1)
         return self._costs.work_ns(work, OperatorClass.HOST_COPY, Queue.HOST_LINK)
 
+    def _found_strategies(
+        self, module: ModuleSpec, stage: StageShape, load: Load
+    ) -> tuple[Strategy, ...]:
+        if self._disk is None:
+            return self._stage_strategies(module, stage, load)
+        return self._disk.get(
+            content_key(self._content, module, stage, load),
+            lambda: self._stage_strategies(module, stage, load),
+        )
+
     def _stage_strategies(
         self, module: ModuleSpec, stage: StageShape, load: Load
     ) -> tuple[Strategy, ...]:
-        parts = self._parts(module, stage, load)
+        parts = stage_parts(module, stage, load)
         candidates = self.strategies if stage.layers else DEFAULT_STRATEGIES[:1]
         return tuple(self._stage_strategy(module, load, parts, strategy) for strategy in candidates)
 
@@ -168,7 +201,7 @@ class AnalyticCostModel:
         """One strategy in all layers of a stage; what is no layer keeps everything."""
         forward_ns = backward_ns = weight_grad_ns = held = copies_ns = fetch_ns = 0
         for part in parts:
-            cost = self.graph_cost(part.graph, strategy if part.is_layer else LayerStrategy.KEEP)
+            cost = self.part_cost(part, strategy if part.is_layer else LayerStrategy.KEEP)
             forward_ns += part.copies * cost.forward_ns
             backward_ns += part.copies * cost.backward_ns
             weight_grad_ns += part.copies * cost.weight_grad_ns

@@ -1,15 +1,29 @@
 """Spatial-temporal subgraph reuse: what was emulated once is not emulated again (paper, v1).
 
-Equal layers of a stage, equal stages of a module, equal passes of microbatches, and equal
-iterations all ask for the same keys.
+Equal layers of a stage, equal stages of a module, equal passes of microbatches and equal
+iterations ask for the same keys (`Reuse`); further runs find stage pairs on disk (`DiskCache`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
 from typing import TypeVar, cast
 
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.ir.codec import check_format, to_bytes
+from megatron_pipeweaver.ir.json_reader import parse_json
+from megatron_pipeweaver.ir.problem import Strategy
+
+CACHE_FORMAT = "pipeweaver.semu_cache/1"
+_FIELDS = ("name", "forward_ns", "backward_ns", "weight_grad_ns", "memory_bytes")
 _V = TypeVar("_V")
+_log = logging.getLogger(__name__)
 
 
 class Reuse:
@@ -51,3 +65,115 @@ class Reuse:
         """Share of requests that needed no emulation, between 0 and 1."""
         asked = self.hits + self.misses
         return self.hits / asked if asked else 0.0
+
+
+def content_key(*parts: object) -> str:
+    """A digest of values by their printed form; frozen dataclasses print all of their fields."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+class DiskCache:
+    """Strategies of stage pairs in one file, found by content and shared by runs.
+
+    Every write replaces the file as a whole by a renamed one that holds a digest of its content,
+    so readers never see half of it; of two writers at once, one may lose entries, which are only
+    emulated again. A file that does not read back is left out with a warning, and written anew.
+
+    Args:
+        path: the file; it need not exist yet.
+    """
+
+    __slots__ = ("_entries", "_fresh", "hits", "misses", "path")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries = _read_entries(path)
+        self._fresh: dict[str, tuple[Strategy, ...]] = {}
+        self.hits = 0
+        self.misses = 0
+
+    def get(self, key: str, make: Callable[[], tuple[Strategy, ...]]) -> tuple[Strategy, ...]:
+        """The strategies under `key`, from the file or from `make`."""
+        found = self._entries.get(key)
+        if found is not None:
+            self.hits += 1
+            return found
+        self.misses += 1
+        value = make()
+        self._entries[key] = self._fresh[key] = value
+        return value
+
+    def save(self) -> None:
+        """Add what is new to the file; what others have added meanwhile stays."""
+        if not self._fresh:
+            return
+        entries = {**_read_entries(self.path), **self._fresh}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _replace_file(self.path, _entries_to_json(entries))
+        self._fresh.clear()
+
+
+def _entries_to_json(entries: Mapping[str, tuple[Strategy, ...]]) -> bytes:
+    rows = [
+        [key, [[getattr(one, field) for field in _FIELDS] for one in strategies]]
+        for key, strategies in sorted(entries.items())
+    ]
+    return to_bytes(
+        {
+            "format": CACHE_FORMAT,
+            "sha256": hashlib.sha256(to_bytes(rows)).hexdigest(),
+            "entries": rows,
+        }
+    )
+
+
+def _read_entries(path: Path) -> dict[str, tuple[Strategy, ...]]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        _log.warning("cost cache %s cannot be read (%s); emulating anew", path, error)
+        return {}
+    try:
+        return _parse_entries(data, str(path))
+    except ConfigError as error:
+        _log.warning("cost cache is damaged and left out: %s", error)
+        return {}
+
+
+def _parse_entries(data: bytes, source: str) -> dict[str, tuple[Strategy, ...]]:
+    root = check_format(parse_json(data, source), CACHE_FORMAT, {"sha256", "entries"})
+    rows = [
+        (key.text(), [strategy.array(len(_FIELDS)) for strategy in strategies.array()])
+        for key, strategies in (entry.array(2) for entry in root["entries"].array())
+    ]
+    entries = {
+        key: tuple(
+            Strategy(
+                name=name.text(),
+                forward_ns=forward.integer(),
+                backward_ns=backward.integer(),
+                weight_grad_ns=weight.integer(),
+                memory_bytes=memory.integer(),
+            )
+            for name, forward, backward, weight, memory in strategies
+        )
+        for key, strategies in rows
+    }
+    # The digest is that of the canonical form, so a changed digit does not pass as a number.
+    if _entries_to_json(entries) != data:
+        root["sha256"].fail("does not fit the entries; the file was changed or cut")
+    return entries
+
+
+def _replace_file(path: Path, data: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(name).replace(path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            Path(name).unlink()
+        raise

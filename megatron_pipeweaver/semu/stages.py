@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_pipeweaver.ir.lmm import ModuleKind, ModuleSpec
@@ -12,6 +13,7 @@ from megatron_pipeweaver.semu.heads import (
     patch_embedding,
     patch_unembedding,
     projector,
+    tied_vocabulary_head,
     token_embedding,
     vocabulary_head,
 )
@@ -29,41 +31,60 @@ _EMBEDDINGS = {
 
 
 class Part(NamedTuple):
-    """`copies` equal subgraphs, one behind the other; `is_layer` says they may be recomputed."""
+    """`copies` equal subgraphs, one behind the other; `is_layer` says they may be recomputed.
 
-    graph: Subgraph
+    `make` and `arguments` say which subgraph it is without building it.
+    """
+
+    make: Callable[..., Subgraph]
+    arguments: tuple[Hashable, ...]
     copies: int
     is_layer: bool
 
+    def build(self, options: RunOptions) -> Subgraph:
+        """The subgraph, on one rank."""
+        return self.make(*self.arguments, options)
 
-def stage_parts(
-    module: ModuleSpec, stage: StageShape, load: Load, options: RunOptions
-) -> tuple[Part, ...]:
-    """The subgraphs of one stage in forward order, on one rank."""
+
+def stage_parts(module: ModuleSpec, stage: StageShape, load: Load) -> tuple[Part, ...]:
+    """The subgraphs of one stage in forward order."""
     parts: list[Part] = []
     if stage.is_first:
-        parts.append(Part(_EMBEDDINGS[module.kind](module, load, options), 1, False))
+        parts.append(Part(_EMBEDDINGS[module.kind], (module, load), 1, False))
     for spec, copies in layer_groups(module, stage.first_layer, stage.layers):
-        parts.append(Part(transformer_layer(spec, load, options), copies, True))
+        parts.append(Part(transformer_layer, (spec, load), copies, True))
     taps = sum(
         stage.first_layer <= layer < stage.first_layer + stage.layers
         for layer in module.layer.tap_layers
     )
     if taps:
-        parts.append(Part(projector(module, load, options), taps, False))
+        parts.append(Part(projector, (module, load), taps, False))
     if stage.is_last:
-        parts.append(Part(final_norm(module, layer_spec(module), load, options), 1, False))
-        parts.extend(_output_parts(module, stage, load, options))
+        parts.append(Part(final_norm, (module, layer_spec(module), load), 1, False))
+        parts.extend(_output_parts(module, stage, load))
     return tuple(parts)
 
 
-def _output_parts(
-    module: ModuleSpec, stage: StageShape, load: Load, options: RunOptions
-) -> Iterator[Part]:
+def _output_parts(module: ModuleSpec, stage: StageShape, load: Load) -> Iterator[Part]:
     if module.output_size is not None and load.output_tokens:
-        yield Part(projector(module, load, options), 1, False)
+        yield Part(projector, (module, load), 1, False)
     if module.kind is ModuleKind.LANGUAGE and module.vocab_size is not None:
         shares = module.tied_embeddings and stage.is_first
-        yield Part(vocabulary_head(module, load, options, shares_embedding=shares), 1, False)
+        yield Part(tied_vocabulary_head if shares else vocabulary_head, (module, load), 1, False)
     if module.kind is ModuleKind.DIFFUSION:
-        yield Part(patch_unembedding(module, load, options), 1, False)
+        yield Part(patch_unembedding, (module, load), 1, False)
+
+
+def canonical_stage(module: ModuleSpec, stage: StageShape) -> StageShape:
+    """A stage that costs as much as `stage`, the same for all that are alike.
+
+    Where every layer is like every other, it does not matter which ones a stage holds.
+    """
+    options = module.layer
+    differ = (
+        options.full_attention_layers
+        or options.cross_attention_layers
+        or options.tap_layers
+        or options.experts is not None
+    )
+    return stage if differ else replace(stage, first_layer=0)

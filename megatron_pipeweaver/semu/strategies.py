@@ -23,8 +23,6 @@ class LayerStrategy(StrEnum):
     """Outputs of norms are dropped and computed again from their inputs."""
     LIGHT = "recompute_light"
     """Outputs of norms and activations are dropped and computed again from their inputs."""
-    MLP = "recompute_mlp"
-    """The MLP keeps its input alone."""
     OFFLOAD = "offload"
     """Activations wait in host memory."""
 
@@ -41,14 +39,12 @@ class Recomputed:
 _NORMS = frozenset({"norm1", "norm2", "norm_cross"})
 _ACTIVATIONS = frozenset({"activation", "expert_activation", "shared_activation"})
 _ATTENTIONS = frozenset({"attention", "cross_attention", "repeat_key", "repeat_value"})
-_MLP = frozenset({"enter_mlp", "fc1", "activation", "fc2", "leave_mlp"})
 
 _SELECTIVE: Mapping[LayerStrategy, Recomputed] = MappingProxyType(
     {
         LayerStrategy.ATTENTION: Recomputed(operators=_ATTENTIONS),
         LayerStrategy.NORM: Recomputed(operators=_NORMS, drops_outputs=True),
         LayerStrategy.LIGHT: Recomputed(operators=_NORMS | _ACTIVATIONS, drops_outputs=True),
-        LayerStrategy.MLP: Recomputed(operators=_MLP),
     }
 )
 

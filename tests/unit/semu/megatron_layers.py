@@ -127,8 +127,8 @@ def measure(
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in ignored:
             # Held here, so that no later storage can take the same address.
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor.detach())
+        return tensor.detach()
 
     def run(states: torch.Tensor) -> torch.Tensor:
         return layer(states, attention_mask=mask, rotary_pos_emb=angles)[0]
