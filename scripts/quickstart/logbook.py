@@ -47,7 +47,9 @@ class Logbook:
     def progress(self, loss: float) -> str:
         """The line for the iteration that was recorded last."""
         report = self._latest
-        assert report is not None and report.batch is not None and report.trace is not None
+        assert report is not None
+        assert report.batch is not None
+        assert report.trace is not None
         return progress_line(
             Progress(
                 iteration=len(self._makespans_ns),
