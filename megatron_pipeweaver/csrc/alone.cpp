@@ -55,7 +55,7 @@ class OrderSearch {
     const i32 last = node.stage < 0 ? m_.stages(node.pass) : node.stage + 1;
     for (i32 s = first; s < last; ++s) {
       const i32 pair = m_.pass_begin[node.pass] + s;
-      if (m_.pair_rank[pair] == rank) bytes += m_.memory[m_.level_begin[pair]];
+      if (m_.pair_rank[pair] == rank) bytes += m_.costs[m_.level_begin[pair]].memory;
     }
     return bytes;
   }
@@ -162,7 +162,7 @@ Alone run_alone(const Model& model, i32 microbatch, bool in_order) {
        i < model.microbatch_passes.begin[microbatch + 1]; ++i) {
     const i32 pass = model.microbatch_passes.items[i];
     for (i32 pair = model.pass_begin[pass]; pair < model.pass_begin[pass + 1]; ++pair) {
-      const i64 bytes = model.memory[model.level_begin[pair]];
+      const i64 bytes = model.costs[model.level_begin[pair]].memory;
       const i32 rank = model.pair_rank[pair];
       if (model.frozen(pass)) {
         transient[rank] = std::max(transient[rank], bytes);

@@ -175,6 +175,12 @@ PYBIND11_MODULE(_core, module) {
       .def("retime", &Core::retime, py::arg("order"), py::arg("level"), py::arg("split"))
       .def("search", &Core::run_search, py::arg("options"), py::arg("start"), py::arg("listener"))
       .def("refill", &Core::refill, py::arg("table"), py::arg("split"), py::arg("keep"))
+      .def("latest",
+           [](const Core& core, const Timetable& table, bool split) {
+             std::vector<i64> start;
+             Timer(core.model()).latest(table, split, start);
+             return start;
+           })
       .def("peak_memory", [](const Core& core, const Timetable& table,
                              bool split) { return peak_memory(core.model(), table, split); })
       .def_property_readonly("level_begin",

@@ -126,7 +126,9 @@ bool Decoder::relax() {
 // `microbatch` held `bytes` more on `rank` and so needed `lean` less.
 bool Decoder::safe(i32 rank, i32 microbatch, i64 bytes, i64 lean) const {
   const i64 capacity = m_.capacity[rank];
-  if (ranks_[rank].held + bytes + most_needed_[rank] <= capacity) return true;
+  const i64 total = ranks_[rank].held + bytes;
+  if (total > capacity) return false;
+  if (total + most_needed_[rank] <= capacity) return true;
   const i64* held = &held_[static_cast<std::size_t>(rank) * m_.microbatches];
   const i64* need = &need_[static_cast<std::size_t>(rank) * m_.microbatches];
   i64 behind = bytes;  // held by this one and those that started after the one looked at
@@ -164,9 +166,9 @@ i32 Decoder::admit(i32 pair) const {
   const i32 begin = m_.level_begin[pair];
   const bool enters = pair == m_.pass_begin[pass] && m_.enters(pass);
   const bool lower = relaxed_[k] || (policy_->adaptive && !enters);
-  const i64 lean = m_.memory[begin];
+  const i64 lean = m_.costs[begin].memory;
   for (i32 level = policy_->level[pair]; level >= 0; --level) {
-    const i64 bytes = m_.memory[begin + level];
+    const i64 bytes = m_.costs[begin + level].memory;
     if (m_.frozen(pass) ? ranks_[rank].held + bytes <= m_.capacity[rank]
                         : safe(rank, k, bytes, lean)) {
       return level;
@@ -196,7 +198,9 @@ void Decoder::choose(i32 rank) {
   Rank& state = ranks_[rank];
   state.stale = false;
   Choice forward, backward;
-  for (const Ready& item : state.ready) {
+  const i32 waiting = static_cast<i32>(state.ready.size());
+  for (i32 index = 0; index < waiting; ++index) {
+    const Ready& item = state.ready[index];
     Choice& best = item.kind == kForward ? forward : backward;
     const i64 start = std::max(item.arrive, state.free);
     if (!better(start, item.key, item.pair, best.start, best.key, best.pair)) continue;
@@ -207,7 +211,7 @@ void Decoder::choose(i32 rank) {
     } else if (policy_->in_order && !order_open(item.pair)) {
       continue;
     }
-    best = {start, item.key, item.pair, item.kind, level};
+    best = {start, item.key, item.pair, item.kind, level, index};
   }
   if (rank == 0) choose_entering(forward);
   choose_weight(state, forward, backward);
@@ -253,7 +257,7 @@ bool Decoder::offer_entering(i32 pass, Choice& best) {
   const i64 start = std::max(ranks_[0].free, policy_->release[k]);
   const i64 key = policy_->key[op_of(pair, kForward)];
   if (better(start, key, pair, best.start, best.key, best.pair)) {
-    best = {start, key, pair, kForward, level};
+    best = {start, key, pair, kForward, level, -1};
   }
   return true;
 }
@@ -264,10 +268,10 @@ void Decoder::choose_weight(const Rank& state, Choice& forward, Choice& backward
   const auto [key, pair] = state.weights.front();
   const i64 next = std::min(forward.start, backward.start);
   if (next != kNever && next > state.free && policy_->patience > 0) {
-    const i64 length = m_.weight[m_.level_begin[pair] + out_->level[pair]];
+    const i64 length = m_.costs[m_.level_begin[pair] + out_->level[pair]].weight;
     if ((next - state.free) * 256 < policy_->patience * length) return;
   }
-  const Choice weight{state.free, key, pair, kWeight, 0};
+  const Choice weight{state.free, key, pair, kWeight, 0, -1};
   if (better(state.free, key, pair, forward.start, forward.key, forward.pair) &&
       better(state.free, key, pair, backward.start, backward.key, backward.pair)) {
     forward = weight;
@@ -279,14 +283,16 @@ void Decoder::choose_weight(const Rank& state, Choice& forward, Choice& backward
 void Decoder::choose_held(const Rank& state, Choice& best) const {
   if (best.start == kNever) return;
   const i64 until = best.start + policy_->hold;
-  for (const Ready& item : state.ready) {
+  const i32 waiting = static_cast<i32>(state.ready.size());
+  for (i32 index = 0; index < waiting; ++index) {
+    const Ready& item = state.ready[index];
     if (item.arrive > until || item.arrive <= best.start || item.key >= best.key) continue;
     if (item.kind == kBackward) {
       if (policy_->in_order && !order_open(item.pair)) continue;
-      best = {item.arrive, item.key, item.pair, item.kind, 0};
+      best = {item.arrive, item.key, item.pair, item.kind, 0, index};
     } else {
       const i32 level = admit(item.pair);
-      if (level >= 0) best = {item.arrive, item.key, item.pair, item.kind, level};
+      if (level >= 0) best = {item.arrive, item.key, item.pair, item.kind, level, index};
     }
   }
 }
@@ -323,13 +329,8 @@ void Decoder::execute(i32 rank) {
       --to_enter_[k];
       --entering_in_flight_;
     } else {
-      for (Ready& item : state.ready) {
-        if (item.pair == pair && item.kind == choice.kind) {
-          item = state.ready.back();
-          state.ready.pop_back();
-          break;
-        }
-      }
+      state.ready[choice.index] = state.ready.back();
+      state.ready.pop_back();
     }
     if (choice.kind == kForward) {
       finish_forward(pair, end);
@@ -367,11 +368,11 @@ void Decoder::finish_forward(i32 pair, i64 end) {
   const i32 rank = m_.pair_rank[pair];
   if (!m_.frozen(pass)) {
     const i32 begin = m_.level_begin[pair];
-    const i64 bytes = m_.memory[begin + out_->level[pair]];
+    const i64 bytes = m_.costs[begin + out_->level[pair]].memory;
     const std::size_t at = static_cast<std::size_t>(rank) * m_.microbatches + k;
     ranks_[rank].held += bytes;
     held_[at] += bytes;
-    need_[at] -= m_.memory[begin];
+    need_[at] -= m_.costs[begin].memory;
   }
   if (any_wide_ && !alone_[k].narrow) {
     const Step& step = alone_[k].steps[step_[k]];
@@ -431,12 +432,12 @@ void Decoder::release(i32 pair) {
   const i32 k = m_.pass_microbatch[pass];
   const i32 rank = m_.pair_rank[pair];
   const i32 begin = m_.level_begin[pair];
-  const i64 bytes = m_.memory[begin + out_->level[pair]];
+  const i64 bytes = m_.costs[begin + out_->level[pair]].memory;
   const std::size_t at = static_cast<std::size_t>(rank) * m_.microbatches + k;
   ranks_[rank].held -= bytes;
   held_[at] -= bytes;
   if (any_wide_ && !alone_[k].narrow) {
-    need_[at] += m_.memory[begin];
+    need_[at] += m_.costs[begin].memory;
     ++releases_[k];
     all_stale();
   }

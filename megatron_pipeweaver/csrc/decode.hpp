@@ -53,6 +53,7 @@ class Decoder {
   struct Choice {
     i64 start = kNever, key = 0;
     i32 pair = -1, kind = -1, level = 0;
+    i32 index = -1;  // in the rank's ready list; -1 for what is not in it
   };
   struct Rank {
     i64 free = 0, held = 0;

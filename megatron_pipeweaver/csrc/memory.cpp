@@ -28,16 +28,17 @@ bool MemoryChooser::run(Timetable& table, i32 rank, bool split, bool keep) {
   for (const i32 pair : pairs_) {
     const i32 begin = m_.level_begin[pair];
     const bool frozen = m_.frozen(m_.pair_pass[pair]);
-    const i64 bytes = m_.memory[begin + table.level[pair]];
+    const i64 bytes = m_.costs[begin + table.level[pair]].memory;
     for (i32 i = from_[pair]; i < until_[pair]; ++i) held_[i] += bytes;
     double worth = 1e300;
     for (i32 level = table.level[pair] + 1; level < m_.levels(pair); ++level) {
       const i32 at = begin + level;
-      i64 saved = m_.forward[at - 1] - m_.forward[at];
+      i64 saved = m_.costs[at - 1].forward - m_.costs[at].forward;
       if (!frozen) {
-        saved += m_.backward[at - 1] + m_.weight[at - 1] - m_.backward[at] - m_.weight[at];
+        saved += m_.costs[at - 1].backward + m_.costs[at - 1].weight - m_.costs[at].backward -
+                 m_.costs[at].weight;
       }
-      const double cost = static_cast<double>(m_.memory[at] - m_.memory[at - 1]) *
+      const double cost = static_cast<double>(m_.costs[at].memory - m_.costs[at - 1].memory) *
                           static_cast<double>(until_[pair] - from_[pair]);
       worth = std::min(worth, static_cast<double>(saved) / cost);
       steps_.push_back({worth, pair, level});
@@ -53,7 +54,7 @@ bool MemoryChooser::run(Timetable& table, i32 rank, bool split, bool keep) {
     const i32 pair = step.pair;
     if (table.level[pair] != step.level - 1) continue;
     const i32 at = m_.level_begin[pair] + step.level;
-    const i64 more = m_.memory[at] - m_.memory[at - 1];
+    const i64 more = m_.costs[at].memory - m_.costs[at - 1].memory;
     i64 most = 0;
     for (i32 i = from_[pair]; i < until_[pair]; ++i) most = std::max(most, held_[i]);
     if (most + more > capacity) continue;

@@ -53,10 +53,8 @@ Model::Model(const RawProblem& raw)
       const i32 begin = raw.strategy_begin.at(pair);
       for (const i32 at : pareto(raw, begin, raw.strategy_begin.at(pair + 1), frozen(p))) {
         strategy.push_back(at - begin);
-        forward.push_back(raw.forward.at(at));
-        backward.push_back(raw.backward.at(at));
-        weight.push_back(raw.weight.at(at));
-        memory.push_back(raw.memory.at(at));
+        costs.push_back(
+            {raw.forward.at(at), raw.backward.at(at), raw.weight.at(at), raw.memory.at(at)});
       }
       level_begin.push_back(static_cast<i32>(strategy.size()));
     }

@@ -43,6 +43,10 @@ struct RawProblem {
   std::vector<i64> memory;
 };
 
+struct Costs {
+  i64 forward, backward, weight, memory;
+};
+
 // A stage pair's strategies as levels: level 0 is the leanest, each next one needs more memory and
 // less time, the last is the fastest. Strategies that another one beats in both are left out.
 struct Model {
@@ -61,8 +65,8 @@ struct Model {
 
   std::vector<i32> pair_pass, pair_rank;
   std::vector<i32> level_begin;  // stage pair -> its levels; pairs + 1 entries
-  std::vector<i64> forward, backward, weight, memory;
-  std::vector<i32> strategy;  // level -> index of the strategy within its stage pair
+  std::vector<Costs> costs;      // level -> its times and memory
+  std::vector<i32> strategy;     // level -> index of the strategy within its stage pair
 
   // Passes that follow one another at each stage when backwards keep the microbatch order: the
   // previous and next pass of the same module, -1 at the ends.
@@ -76,14 +80,14 @@ struct Model {
   bool frozen(i32 pass) const { return pass_frozen[pass] != 0; }
   bool enters(i32 pass) const { return producers.begin[pass] == producers.begin[pass + 1]; }
   i64 duration(i32 op, i32 level, bool split) const {
-    const i32 at = level_begin[op / 3] + level;
+    const Costs& at = costs[level_begin[op / 3] + level];
     switch (op % 3) {
       case kForward:
-        return forward[at];
+        return at.forward;
       case kBackward:
-        return split ? backward[at] : backward[at] + weight[at];
+        return split ? at.backward : at.backward + at.weight;
       default:
-        return weight[at];
+        return at.weight;
     }
   }
   // From the end of `pass`'s last stage to stage 0 of a consumer, and back.

@@ -23,7 +23,7 @@ struct Candidate {
   double cost = 1e300;
 };
 
-constexpr i64 kClass = i64{1} << 50;
+constexpr double kPortfolio = 0.3;  // of the time goes to recipes
 
 class Worker {
  public:
@@ -34,6 +34,7 @@ class Worker {
         shared_(shared),
         thread_(thread),
         random_(options.seed * 1000003 + static_cast<std::uint64_t>(thread)),
+        kitchen_(model),
         decoder_(model, alone),
         timer_(model),
         chooser_(model) {}
@@ -115,65 +116,44 @@ class Worker {
     }
   }
 
-  std::vector<i64> class_keys(i32 weight_class) const {
-    std::vector<i64> key(3 * static_cast<std::size_t>(m_.pairs));
-    for (i32 u = 0; u < m_.pairs; ++u) {
-      const i32 p = m_.pair_pass[u];
-      const bool enters = m_.enters(p) && u == m_.pass_begin[p];
-      key[op_of(u, kForward)] = (enters ? 4 : 2) * kClass + p;
-      key[op_of(u, kBackward)] = 1 * kClass + p;
-      key[op_of(u, kWeight)] = weight_class * kClass + p;
-    }
-    return key;
-  }
-
-  Policy base_policy() const {
-    Policy policy;
-    policy.split = options_.split;
-    policy.in_order = options_.in_order;
-    policy.load.assign(m_.microbatches, 0);
-    policy.release.assign(m_.microbatches, 0);
-    policy.level.assign(m_.pairs, 0);
-    for (i32 u = 0; u < m_.pairs; ++u) {
-      policy.level[u] = m_.levels(u) - 1;
-      if (m_.pair_rank[u] == 0) {
-        policy.load[m_.pass_microbatch[m_.pair_pass[u]]] +=
-            m_.memory[m_.level_begin[u] + policy.level[u]];
+  // Decodes what `recipe` makes, with the strategies it chose fed back into the order.
+  Candidate try_recipe(const Recipe& recipe, double best) {
+    Candidate candidate;
+    candidate.policy = kitchen_.cook(recipe, options_.split, options_.in_order);
+    Policy policy = candidate.policy;
+    Timetable table;
+    double last = 1e300;
+    for (int again = 0; again < 5; ++again) {
+      evaluate(policy, table, 1e299);
+      const double found = cost(table);
+      if (found < candidate.cost) {
+        candidate.cost = found;
+        candidate.policy = policy;
+        candidate.table = table;
       }
+      if (again > 0 && (found >= last * 0.9995 || candidate.cost > best * 1.03)) break;
+      if (over()) break;
+      last = found;
+      policy.level = table.level;
     }
-    return policy;
+    return candidate;
   }
 
+  // Classic recipes, then new ones and variations of the best.
   Candidate portfolio() {
     Candidate best;
-    best.policy = base_policy();
-    static constexpr double kLimits[] = {1.25, 2, 3, 4.5, 8, 0.75};
-    static constexpr i32 kWeights[] = {5, 3, 0};
-    Timetable table;
-    for (const double limit : kLimits) {
-      for (const i32 weight : kWeights) {
-        for (int lean = 0; lean < 2; ++lean) {
-          if (weight != 5 && !options_.split) continue;
-          if (progress() > 0.3 && best.cost < 1e300) return best;
-          Policy policy = base_policy();
-          policy.key = class_keys(weight);
-          policy.load_limit =
-              static_cast<i64>(limit * static_cast<double>(std::max<i64>(m_.capacity[0], 1)));
-          if (lean) std::fill(policy.level.begin(), policy.level.end(), 0);
-          double last = 1e300;
-          for (int again = 0; again < 4; ++again) {
-            evaluate(policy, table, 1e299);
-            const double found = cost(table);
-            if (found < best.cost) {
-              best.cost = found;
-              best.policy = policy;
-              best.table = table;
-            }
-            if (found >= last * 0.9995) break;
-            last = found;
-            policy.level = table.level;
-          }
-        }
+    Recipe favourite;
+    const std::vector<Recipe> classics = Kitchen::classics(m_.ranks);
+    for (std::size_t i = 0; best.cost >= 1e300 || progress() < kPortfolio; ++i) {
+      if (best.cost < 1e300 && over()) break;
+      const Recipe recipe = i < classics.size()
+                                ? classics[(i + thread_) % classics.size()]
+                                : (random_.below(3) == 0 ? kitchen_.invent(random_)
+                                                         : kitchen_.vary(favourite, random_));
+      Candidate candidate = try_recipe(recipe, best.cost);
+      if (candidate.cost < best.cost) {
+        best = std::move(candidate);
+        favourite = recipe;
       }
     }
     return best;
@@ -291,6 +271,7 @@ class Worker {
   Shared& shared_;
   i32 thread_;
   Random random_;
+  Kitchen kitchen_;
   Decoder decoder_;
   Timer timer_;
   MemoryChooser chooser_;

@@ -78,6 +78,53 @@ bool Timer::run(Timetable& table, bool split) {
   return left == 0;
 }
 
+void Timer::latest(const Timetable& table, bool split, std::vector<i64>& latest) {
+  // Backwards in time; of ops that start at one instant, those that end later come first, and
+  // instantaneous ones keep the order of their chain by the order of recording below.
+  merged_.clear();
+  for (const auto& ops : table.order) merged_.insert(merged_.end(), ops.begin(), ops.end());
+  std::stable_sort(merged_.begin(), merged_.end(), [&](i32 a, i32 b) {
+    if (table.start[a] != table.start[b]) return table.start[a] > table.start[b];
+    return table.end[a] > table.end[b];
+  });
+  latest.assign(table.start.size(), table.makespan);  // first the latest end, then the start
+  std::vector<i32> behind(table.start.size(), -1);
+  for (const auto& ops : table.order) {
+    for (std::size_t i = 1; i < ops.size(); ++i) behind[ops[i]] = ops[i - 1];
+  }
+  const auto before = [&](i32 op, i64 time) { latest[op] = std::min(latest[op], time); };
+  for (const i32 op : merged_) {
+    const i32 pair = pair_of(op), pass = m_.pair_pass[pair];
+    latest[op] -= m_.duration(op, table.level[pair], split);
+    const i64 start = latest[op];
+    if (behind[op] >= 0) before(behind[op], start);
+    if (kind_of(op) == kForward) {
+      if (pair > m_.pass_begin[pass]) {
+        before(op_of(pair - 1, kForward), start - m_.hop(pass));
+        continue;
+      }
+      for (i32 i = m_.producers.begin[pass]; i < m_.producers.begin[pass + 1]; ++i) {
+        const i32 producer = m_.producers.items[i];
+        before(op_of(m_.pass_begin[producer + 1] - 1, kForward),
+               start - m_.latency_between(producer));
+      }
+    } else if (kind_of(op) == kBackward) {
+      before(op_of(pair, kForward), start);
+      if (pair + 1 < m_.pass_begin[pass + 1]) {
+        before(op_of(pair + 1, kBackward), start - m_.hop(pass));
+        continue;
+      }
+      for (i32 i = m_.consumers.begin[pass]; i < m_.consumers.begin[pass + 1]; ++i) {
+        const i32 consumer = m_.consumers.items[i];
+        if (m_.frozen(consumer)) continue;
+        before(op_of(m_.pass_begin[consumer], kBackward), start - m_.latency_between(pass));
+      }
+    } else {
+      before(op_of(pair, kBackward), start);
+    }
+  }
+}
+
 std::vector<i64> peak_memory(const Model& model, const Timetable& table, bool split) {
   std::vector<i64> peaks(model.ranks, 0);
   for (i32 r = 0; r < model.ranks; ++r) {
@@ -89,7 +136,7 @@ std::vector<i64> peak_memory(const Model& model, const Timetable& table, bool sp
     };
     for (const i32 op : table.order[r]) {
       const i32 pair = pair_of(op);
-      const i64 bytes = model.memory[model.level_begin[pair] + table.level[pair]];
+      const i64 bytes = model.costs[model.level_begin[pair] + table.level[pair]].memory;
       if (kind_of(op) == kForward) {
         change(table.start[op], bytes);
         if (model.frozen(model.pair_pass[pair])) change(table.end[op], -bytes);

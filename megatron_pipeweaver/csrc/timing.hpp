@@ -16,8 +16,13 @@ class Timer {
   // as it can; false if the orders wait for one another in a ring.
   bool run(Timetable& table, bool split);
 
+  // Per op of `table`, the latest start that keeps its orders and its makespan; `table` must be
+  // as `run` or the decoder left it.
+  void latest(const Timetable& table, bool split, std::vector<i64>& start);
+
  private:
   const Model& m_;
+  std::vector<i32> merged_;
   std::vector<i64> ready_;      // per op: when all that it waits for elsewhere is there
   std::vector<i32> waits_;      // per op: how many of those are missing
   std::vector<i32> waits_all_;  // per op, before anything ran
