@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.runtime.transfer import ProcessGroupTransport
 
 
@@ -30,6 +31,69 @@ class Communicators:
     transport: ProcessGroupTransport
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPartition:
+    """A job's global ranks, cut twice: into replicas, which run one plan each, and into pipelines.
+
+    `replicas` stand in the order of their data-parallel rank, `pipelines` in that of their ranks;
+    a replica's ranks rise, a pipeline's stand in pipeline order. Every rank is in one of each, and
+    a pipeline lies within one replica, which holds one per tensor and context rank.
+    """
+
+    replicas: tuple[tuple[int, ...], ...]
+    pipelines: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        ranks = list(range(sum(map(len, self.replicas))))
+        for what, parts in (("replicas", self.replicas), ("pipelines", self.pipelines)):
+            if sorted(rank for part in parts for rank in part) != ranks:
+                raise ConfigError(
+                    f"job of {len(ranks)} ranks: its {what} {parts} do not hold every rank once; "
+                    "give each rank its own pipeline-parallel group"
+                )
+        for pipeline in self.pipelines:
+            if not set(pipeline) <= set(self.replica_of(pipeline[0])):
+                raise ConfigError(
+                    f"job of {len(ranks)} ranks: pipeline {pipeline} crosses replicas; "
+                    "its ranks must share one data-parallel rank"
+                )
+
+    def replica_of(self, rank: int) -> tuple[int, ...]:
+        """The ranks that run the plan of `rank`, itself among them."""
+        return next(part for part in self.replicas if rank in part)
+
+    def planning_rank(self, rank: int) -> int:
+        """The rank that plans for `rank`."""
+        return self.replica_of(rank)[0]
+
+    def pipeline_of(self, rank: int) -> tuple[int, ...]:
+        """The pipeline of `rank`, in pipeline order."""
+        return next(part for part in self.pipelines if rank in part)
+
+    def pipeline_rank(self, rank: int) -> int:
+        """The place of `rank` in its pipeline."""
+        return self.pipeline_of(rank).index(rank)
+
+
+def partition_ranks(rows: Sequence[Sequence[int]]) -> RankPartition:
+    """How the ranks of a job share plans and pipelines.
+
+    Args:
+        rows: for every global rank in order, its data-parallel rank, then the global ranks of its
+            pipeline in pipeline order.
+
+    Raises:
+        ConfigError: the rows of two ranks contradict each other.
+    """
+    replicas: dict[int, list[int]] = {}
+    for rank, (replica, *_) in enumerate(rows):
+        replicas.setdefault(replica, []).append(rank)
+    return RankPartition(
+        replicas=tuple(tuple(replicas[replica]) for replica in sorted(replicas)),
+        pipelines=tuple(sorted({tuple(pipeline) for _, *pipeline in rows})),
+    )
+
+
 def connect(pipeline_group: dist.ProcessGroup, timeout: timedelta) -> Communicators:
     """Make all communicators; every rank of the job calls this at the same point.
 
@@ -37,20 +101,16 @@ def connect(pipeline_group: dist.ProcessGroup, timeout: timedelta) -> Communicat
         pipeline_group: this rank's pipeline-parallel group.
         timeout: how long a wait may last before it ends with an error.
     """
-    mine = tuple(dist.get_process_group_ranks(pipeline_group))
-    rows = _gather_integers([parallel_state.get_data_parallel_rank(), *mine])
-    pipelines = sorted({tuple(row[1:]) for row in rows})
-    replicas: dict[int, list[int]] = {}
-    for rank, (replica, *_) in enumerate(rows):
-        replicas.setdefault(replica, []).append(rank)
-    control = _own_group([replicas[replica] for replica in sorted(replicas)], timeout)
+    mine = dist.get_process_group_ranks(pipeline_group)
+    ranks = partition_ranks(_gather_integers([parallel_state.get_data_parallel_rank(), *mine]))
+    rank = dist.get_rank()
     return Communicators(
-        control=control,
-        planning_rank=min(dist.get_process_group_ranks(control)),
-        pipeline=_own_group(pipelines, timeout),
-        pipeline_rank=mine.index(dist.get_rank()),
+        control=_own_group(ranks.replicas, timeout),
+        planning_rank=ranks.planning_rank(rank),
+        pipeline=_own_group(ranks.pipelines, timeout),
+        pipeline_rank=ranks.pipeline_rank(rank),
         transport=ProcessGroupTransport(
-            pipelines, device=torch.device(torch.cuda.current_device()), timeout=timeout
+            ranks.pipelines, device=torch.device(torch.cuda.current_device()), timeout=timeout
         ),
     )
 
