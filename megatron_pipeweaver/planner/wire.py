@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from megatron_pipeweaver.compiler.verify import verify
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.codec import check_format, to_bytes
-from megatron_pipeweaver.ir.json_reader import parse_json
+from megatron_pipeweaver.ir.json_reader import JsonNode, parse_json
 from megatron_pipeweaver.ir.plan import VerifiedPlan
 from megatron_pipeweaver.ir.plan_codec import plan_from_json, plan_to_json
-from megatron_pipeweaver.planner.planner import PlannedIteration
+from megatron_pipeweaver.planner.planner import PlannedIteration, PlanOrigin
 
 WIRE_FORMAT = "pipeweaver.planned/1"
 
@@ -30,6 +30,7 @@ class ReceivedPlan:
     lower_bound_ns: int
     bubble_ppm: int
     search_ns: int
+    origin: PlanOrigin
 
 
 def encode(planned: PlannedIteration, batch_digest: str) -> bytes:
@@ -41,13 +42,18 @@ def encode(planned: PlannedIteration, batch_digest: str) -> bytes:
         "lower_bound_ns": planned.schedule.lower_bound_ns,
         "bubble_ppm": round(planned.schedule.bubble() * 1_000_000),
         "search_ns": planned.search_ns,
+        "origin": planned.origin.value,
     }
     return to_bytes(header) + plan_to_json(planned.plan.plan)
 
 
 def encode_failure(reason: str) -> bytes:
-    """`reason` why there is no plan, for the ranks that wait for one."""
-    return to_bytes({"format": WIRE_FORMAT, "failure": reason})
+    """`reason` why there is no plan, on one line, for the ranks that wait for one.
+
+    Takes any text: an error that came from elsewhere may span lines, or hold half of a character.
+    """
+    line = " ".join(reason.split()).encode(errors="backslashreplace").decode()
+    return to_bytes({"format": WIRE_FORMAT, "failure": line})
 
 
 def decode(data: bytes, source: str = "plan from the planning rank") -> ReceivedPlan:
@@ -64,7 +70,7 @@ def decode(data: bytes, source: str = "plan from the planning rank") -> Received
     check_format(
         root,
         WIRE_FORMAT,
-        {"batch_digest", "baselines", "lower_bound_ns", "bubble_ppm", "search_ns"},
+        {"batch_digest", "baselines", "lower_bound_ns", "bubble_ppm", "search_ns", "origin"},
     )
     return ReceivedPlan(
         plan=verify(plan_from_json(body, source)),
@@ -73,4 +79,12 @@ def decode(data: bytes, source: str = "plan from the planning rank") -> Received
         lower_bound_ns=root["lower_bound_ns"].integer(),
         bubble_ppm=root["bubble_ppm"].integer(),
         search_ns=root["search_ns"].integer(),
+        origin=_origin(root["origin"]),
     )
+
+
+def _origin(node: JsonNode) -> PlanOrigin:
+    name = node.text()
+    if name not in [one.value for one in PlanOrigin]:
+        node.fail(f"is {name!r}; it must be one of {[one.value for one in PlanOrigin]}")
+    return PlanOrigin(name)
