@@ -6,24 +6,35 @@ process, in one of its own) is not its business.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from megatron_pipeweaver.compiler.check import check_schedule
 from megatron_pipeweaver.compiler.lowering import compile_plan
 from megatron_pipeweaver.compiler.verify import verify
 from megatron_pipeweaver.config import SearchConfig
+from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec
-from megatron_pipeweaver.ir.plan import VerifiedPlan
+from megatron_pipeweaver.ir.plan import ELEMENT_BYTES, VerifiedPlan
 from megatron_pipeweaver.ir.problem import Problem
 from megatron_pipeweaver.ir.schedule import Schedule
-from megatron_pipeweaver.partition.workload import make_workload
+from megatron_pipeweaver.partition.workload import Workload, make_workload
+from megatron_pipeweaver.planner.fallback import static_schedule
 from megatron_pipeweaver.search.anytime import solve
 from megatron_pipeweaver.semu.interface import CostModel
+
+
+class PlanOrigin(StrEnum):
+    """How a plan's schedule was found."""
+
+    SEARCHED = "searched"
+    STATIC = "static"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +50,7 @@ class PlannedIteration:
     schedule: Schedule
     baselines: Mapping[str, int]
     search_ns: int
+    origin: PlanOrigin = PlanOrigin.SEARCHED
 
 
 class Planner:
@@ -53,6 +65,9 @@ class Planner:
         dtypes: element type of the tensors that leave a module's stages, by module.
         search: how long and how hard to search.
         clock: monotonic nanoseconds.
+
+    Raises:
+        ConfigError: a module has no element type, or one that cannot cross rank borders.
     """
 
     def __init__(
@@ -73,22 +88,67 @@ class Planner:
         self._sub_microbatch = dict(sub_microbatch)
         self._memory_capacity_bytes = tuple(memory_capacity_bytes)
         self._dtypes = dict(dtypes)
+        self._element_bytes = _widest(model, dtypes)
         self._search = search
         self._clock = clock
 
-    def plan(self, batch: BatchMetadata, *, forward_only: bool = False) -> PlannedIteration:
+    def plan(
+        self, batch: BatchMetadata, *, forward_only: bool = False, budget_ns: int | None = None
+    ) -> PlannedIteration:
         """The best plan found for `batch` within the search budget.
 
         Args:
             batch: what this pipeline's microbatches hold.
             forward_only: plan an evaluation step, without any backward.
+            budget_ns: search no longer than this, where that is less than the settings allow.
 
         Raises:
             ConfigError: the batch does not fit the model (an unknown module, say).
             InfeasibleError: a microbatch alone does not fit into a rank's memory.
         """
         start_ns = self._clock()
-        workload = make_workload(
+        workload = self.workload(batch, forward_only=forward_only)
+        search = self._search
+        if budget_ns is not None:
+            search = dataclasses.replace(
+                search, time_budget_ns=max(0, min(budget_ns, search.time_budget_ns))
+            )
+        result = solve(workload.problem, search)
+        return self._compiled(
+            workload,
+            result.schedule,
+            result.baselines,
+            forward_only=forward_only,
+            start_ns=start_ns,
+            origin=PlanOrigin.SEARCHED,
+        )
+
+    def static_plan(self, batch: BatchMetadata, *, forward_only: bool = False) -> PlannedIteration:
+        """The best static plan for `batch`, without any search.
+
+        Raises:
+            ConfigError: the batch does not fit the model (an unknown module, say).
+            InfeasibleError: a microbatch alone does not fit into a rank's memory.
+        """
+        start_ns = self._clock()
+        workload = self.workload(batch, forward_only=forward_only)
+        schedule, baselines = static_schedule(workload.problem, self._search)
+        return self._compiled(
+            workload,
+            schedule,
+            baselines,
+            forward_only=forward_only,
+            start_ns=start_ns,
+            origin=PlanOrigin.STATIC,
+        )
+
+    def workload(self, batch: BatchMetadata, *, forward_only: bool = False) -> Workload:
+        """The scheduling problem of `batch`.
+
+        Raises:
+            ConfigError: the batch does not fit the model (an unknown module, say).
+        """
+        return make_workload(
             batch,
             self.model,
             self.layout,
@@ -96,23 +156,43 @@ class Planner:
             self._costs,
             self._memory_capacity_bytes,
             forward_only=forward_only,
+            element_bytes=self._element_bytes,
         )
-        result = solve(workload.problem, self._search)
-        check_schedule(workload.problem, result.schedule)
+
+    def _compiled(
+        self,
+        workload: Workload,
+        schedule: Schedule,
+        baselines: Mapping[str, int],
+        *,
+        forward_only: bool,
+        start_ns: int,
+        origin: PlanOrigin,
+    ) -> PlannedIteration:
+        check_schedule(workload.problem, schedule)
         plan = compile_plan(
-            workload.problem,
-            result.schedule,
-            workload.payloads,
-            self._dtypes,
-            forward_only=forward_only,
+            workload.problem, schedule, workload.payloads, self._dtypes, forward_only=forward_only
         )
         return PlannedIteration(
             plan=verify(plan),
             problem=workload.problem,
-            schedule=result.schedule,
-            baselines=result.baselines,
+            schedule=schedule,
+            baselines=baselines,
             search_ns=self._clock() - start_ns,
+            origin=origin,
         )
+
+
+def _widest(model: ModelSpec, dtypes: Mapping[str, str]) -> int:
+    """Bytes per element of the widest type among the modules' tensors."""
+    for module in model.modules:
+        found = dtypes.get(module.name)
+        if found not in ELEMENT_BYTES:
+            raise ConfigError(
+                f"planner: the element type of module {module.name!r} is {found!r}; "
+                f"give one of {sorted(ELEMENT_BYTES)}"
+            )
+    return max(ELEMENT_BYTES[dtypes[module.name]] for module in model.modules)
 
 
 def batch_digest(batch: BatchMetadata) -> str:
