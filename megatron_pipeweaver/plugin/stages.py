@@ -91,9 +91,9 @@ class MegatronStages:
         self.num_tokens += num_tokens
         if outcomes:
             self._outcomes.setdefault(op.microbatch, []).extend(outcomes)
-        handed_on: Tensor = output[0]
+        # Megatron's layers add their biases with gradients enabled, even where they are disabled.
+        graph_end, handed_on = output[0], output[0].detach()
         if trained:
-            graph_end, handed_on = handed_on, handed_on.detach()
             self._alive[op.owner, op.stage] = (inputs, graph_end)
             compat.deallocate_output_tensor(
                 graph_end, context.config.deallocate_pipeline_outputs and not self._makes_loss(op)
