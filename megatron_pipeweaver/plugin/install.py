@@ -39,7 +39,7 @@ class InstalledSchedule:
 
     def __call__(self, **arguments: Any) -> Any:
         """Megatron's signature, keyword-only."""
-        if self._ours.owns(arguments["model"]):
+        if self._ours.owns(arguments.get("model", ())):
             return self._ours(**arguments)
         return self.original(**arguments)
 

@@ -106,7 +106,7 @@ class PipeWeaverSchedule:
     def owns(self, model: torch.nn.Module | Sequence[torch.nn.Module]) -> bool:
         """Whether `model` is made of PipeWeaver's chunks."""
         chunks = model if isinstance(model, Sequence) else [model]
-        return all(_has_place(chunk) for chunk in chunks)
+        return len(chunks) > 0 and all(_has_place(chunk) for chunk in chunks)
 
     def __call__(
         self,
@@ -219,10 +219,10 @@ class PipeWeaverSchedule:
             return None, encode_failure(reason)
         try:
             planned = self._planner.plan(load.batch, forward_only=forward_only)
+            return planned, encode(planned, batch_digest(load.batch))
         except Exception as error:
             _log.debug("planning failed", exc_info=True)
             return None, encode_failure(f"{type(error).__name__}: {error}")
-        return planned, encode(planned, batch_digest(load.batch))
 
     def _report(
         self,
