@@ -1,0 +1,102 @@
+"""Messages between a training process and its planner: length-prefixed bytes over a socket.
+
+The training's end never blocks beyond a given time, whatever the other end does: what a stopped
+planner does not read waits here.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+import time
+
+from megatron_pipeweaver.errors import ConfigError, TransferError
+
+_LENGTH = struct.Struct(">Q")
+_CHUNK = 1 << 20
+MAX_MESSAGE_BYTES = 1 << 30
+"""Longer messages are none: whatever sent the length speaks another language."""
+
+
+class Channel:
+    """One end of a stream socket that carries whole messages; owns the socket.
+
+    Raises:
+        TransferError: (by all methods) the other end is gone.
+        ConfigError: (by `receive`) what arrives is not a message.
+    """
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setblocking(False)
+        self._socket = end
+        self._outgoing = bytearray()
+        self._incoming = bytearray()
+
+    def send(self, message: bytes) -> None:
+        """Queue `message` and write what can be written at once."""
+        self._outgoing += _LENGTH.pack(len(message)) + message
+        self._write()
+
+    def flush(self, timeout_s: float | None = None) -> None:
+        """Returns when everything is written, or the time is up."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        while self._outgoing:
+            left = None if until is None else until - time.monotonic()
+            if left is not None and left < 0:
+                return
+            select.select([], [self._socket], [], left)
+            self._write()
+
+    def receive(self, timeout_s: float | None) -> bytes | None:
+        """The next message; `None` when `timeout_s` (`None`: for ever) passed without one."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        while (message := self._next()) is None:
+            left = None if until is None else max(0.0, until - time.monotonic())
+            writers = [self._socket] if self._outgoing else []
+            readable, writable, _ = select.select([self._socket], writers, [], left)
+            if writable:
+                self._write()
+            if readable:
+                self._read()
+            elif not writable and left is not None:
+                return None
+        return message
+
+    def close(self) -> None:
+        """Close the socket; the other end reads its end."""
+        self._socket.close()
+
+    def _next(self) -> bytes | None:
+        if len(self._incoming) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._incoming)
+        if length > MAX_MESSAGE_BYTES:
+            raise ConfigError(f"planner channel: a message of {length} bytes; not a message")
+        end = _LENGTH.size + length
+        if len(self._incoming) < end:
+            return None
+        message = bytes(self._incoming[_LENGTH.size : end])
+        del self._incoming[:end]
+        return message
+
+    def _read(self) -> None:
+        try:
+            data = self._socket.recv(_CHUNK)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise TransferError(f"planner channel: {error}") from error
+        if not data:
+            raise TransferError("planner channel: the other end is closed")
+        self._incoming += data
+
+    def _write(self) -> None:
+        try:
+            while self._outgoing:
+                sent = self._socket.send(self._outgoing[:_CHUNK])
+                del self._outgoing[:sent]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise TransferError(f"planner channel: {error}") from error

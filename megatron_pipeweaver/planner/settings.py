@@ -1,0 +1,82 @@
+"""Everything a planner is made from, as one value that can travel to another process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_pipeweaver.config import SearchConfig
+from megatron_pipeweaver.ir.codec import digest, to_bytes
+from megatron_pipeweaver.ir.json_reader import parse_json
+from megatron_pipeweaver.ir.layout import ChunkLayout
+from megatron_pipeweaver.ir.lmm import ModelSpec
+from megatron_pipeweaver.planner.codec import from_json, to_json
+from megatron_pipeweaver.planner.planner import Planner
+from megatron_pipeweaver.semu.devices import DeviceProfile
+from megatron_pipeweaver.semu.interface import CostModel
+from megatron_pipeweaver.semu.model import DEFAULT_STRATEGIES, AnalyticCostModel
+from megatron_pipeweaver.semu.options import RunOptions
+from megatron_pipeweaver.semu.strategies import LayerStrategy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostSettings:
+    """SEMU's analytic cost model: the device, how layers run on it, what they may keep."""
+
+    device: DeviceProfile
+    options: RunOptions
+    strategies: tuple[LayerStrategy, ...] = DEFAULT_STRATEGIES
+
+    def make(self) -> AnalyticCostModel:
+        """The cost model."""
+        return AnalyticCostModel(self.device, self.options, strategies=self.strategies)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerSettings:
+    """One pipeline's planner; the fields are those of `Planner`."""
+
+    model: ModelSpec
+    layout: ChunkLayout
+    costs: CostSettings
+    sub_microbatch: Mapping[str, int]
+    memory_capacity_bytes: tuple[int, ...]
+    dtypes: Mapping[str, str]
+    search: SearchConfig
+
+    def make(self, costs: CostModel | None = None) -> Planner:
+        """The planner, by `costs` where given."""
+        return Planner(
+            model=self.model,
+            layout=self.layout,
+            costs=self.costs.make() if costs is None else costs,
+            sub_microbatch=self.sub_microbatch,
+            memory_capacity_bytes=self.memory_capacity_bytes,
+            dtypes=self.dtypes,
+            search=self.search,
+        )
+
+    def with_threads(self, most: int) -> PlannerSettings:
+        """These settings with at most `most` search threads."""
+        threads = min(self.search.threads, max(1, most))
+        return dataclasses.replace(self, search=dataclasses.replace(self.search, threads=threads))
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal settings."""
+        return digest(settings_to_json(self))
+
+
+def settings_to_json(settings: PlannerSettings) -> bytes:
+    """`settings` as canonical bytes."""
+    return to_bytes(to_json(settings))
+
+
+def settings_from_json(data: bytes, source: str = "planner settings") -> PlannerSettings:
+    """The settings in `data`.
+
+    Raises:
+        ConfigError: the bytes are not what `settings_to_json` writes.
+    """
+    return from_json(parse_json(data, source), PlannerSettings)
