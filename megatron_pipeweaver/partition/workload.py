@@ -162,7 +162,7 @@ class _PassMaker:
         frozen: dict[str, bool] = {}
         for module, cut in zip(self._model.modules, self._layout.modules, strict=True):
             present = [name for name in module.after if shares[name]]
-            shares[module.name] = self._shares(module, metadata)
+            shares[module.name] = _shares(self._model, module, metadata, self._sub_microbatch)
             frozen[module.name] = self._forward_only or (
                 module.frozen and all(frozen[name] for name in present)
             )
@@ -214,55 +214,73 @@ class _PassMaker:
             first_layer += layers
         return tuple(stages)
 
-    def _shares(self, module: ModuleSpec, metadata: MicrobatchMetadata) -> tuple[_Share, ...]:
-        if module is self._model.backbone:
-            return (self._whole(module, metadata),)
-        items = metadata.items.get(module.name, ())
-        return tuple(
-            self._part(module, start, items[start:stop])
-            for start, stop in split(len(items), self._sub_microbatch[module.name])
-        )
 
-    def _whole(self, module: ModuleSpec, metadata: MicrobatchMetadata) -> _Share:
-        """The backbone's pass: all samples; packed documents, and their padding, apart."""
-        lengths: tuple[int, ...] = (metadata.sequence_length,) * metadata.samples
-        if metadata.document_lengths:
-            padding = metadata.sequence_length * metadata.samples - sum(metadata.document_lengths)
-            lengths = metadata.document_lengths + ((padding,) if padding else ())
-        # Tokens that are placed in the sequence itself are no context.
-        context = tuple(
-            item.tokens
-            for name in module.after
-            for item in metadata.items.get(name, ())
-            if item.tokens and module.layer.context_size is not None
-        )
-        load = Load(
-            sequence=metadata.sequence_length,
-            batch=metadata.samples,
-            lengths=lengths,
-            output_tokens=metadata.sequence_length * metadata.samples,
-            context_lengths=context,
-        )
-        return _Share(start=0, stop=metadata.samples, load=load, output_shape=())
+def loads(
+    batch: BatchMetadata, model: ModelSpec, sub_microbatch: Mapping[str, int]
+) -> Iterator[tuple[str, Load]]:
+    """Module and load of every pass of `batch`, microbatch by microbatch."""
+    for metadata in batch.microbatches:
+        for module in model.modules:
+            for share in _shares(model, module, metadata, sub_microbatch):
+                yield module.name, share.load
 
-    def _part(self, module: ModuleSpec, start: int, items: tuple[Item, ...]) -> _Share:
-        """A pass over some items: side by side when they are alike, else packed into one row."""
-        alike = len({(item.units, item.tokens) for item in items}) == 1
-        rows = items[:1] if alike else items
-        batch = len(items) if alike else 1
-        tokens = sum(item.tokens for item in rows)
-        load = Load(
-            sequence=sum(item.units for item in rows),
-            batch=batch,
-            lengths=tuple(item.units for item in items),
-            output_tokens=tokens * batch,
-        )
-        return _Share(
-            start=start,
-            stop=start + len(items),
-            load=load,
-            output_shape=(tokens, batch, module.output_size or module.hidden_size),
-        )
+
+def _shares(
+    model: ModelSpec,
+    module: ModuleSpec,
+    metadata: MicrobatchMetadata,
+    sub_microbatch: Mapping[str, int],
+) -> tuple[_Share, ...]:
+    if module is model.backbone:
+        return (_whole(module, metadata),)
+    items = metadata.items.get(module.name, ())
+    return tuple(
+        _part(module, start, items[start:stop])
+        for start, stop in split(len(items), sub_microbatch[module.name])
+    )
+
+
+def _whole(module: ModuleSpec, metadata: MicrobatchMetadata) -> _Share:
+    """The backbone's pass: all samples; packed documents, and their padding, apart."""
+    lengths: tuple[int, ...] = (metadata.sequence_length,) * metadata.samples
+    if metadata.document_lengths:
+        padding = metadata.sequence_length * metadata.samples - sum(metadata.document_lengths)
+        lengths = metadata.document_lengths + ((padding,) if padding else ())
+    # Tokens that are placed in the sequence itself are no context.
+    context = tuple(
+        item.tokens
+        for name in module.after
+        for item in metadata.items.get(name, ())
+        if item.tokens and module.layer.context_size is not None
+    )
+    load = Load(
+        sequence=metadata.sequence_length,
+        batch=metadata.samples,
+        lengths=lengths,
+        output_tokens=metadata.sequence_length * metadata.samples,
+        context_lengths=context,
+    )
+    return _Share(start=0, stop=metadata.samples, load=load, output_shape=())
+
+
+def _part(module: ModuleSpec, start: int, items: tuple[Item, ...]) -> _Share:
+    """A pass over some items: side by side when they are alike, else packed into one row."""
+    alike = len({(item.units, item.tokens) for item in items}) == 1
+    rows = items[:1] if alike else items
+    batch = len(items) if alike else 1
+    tokens = sum(item.tokens for item in rows)
+    load = Load(
+        sequence=sum(item.units for item in rows),
+        batch=batch,
+        lengths=tuple(item.units for item in items),
+        output_tokens=tokens * batch,
+    )
+    return _Share(
+        start=start,
+        stop=start + len(items),
+        load=load,
+        output_shape=(tokens, batch, module.output_size or module.hidden_size),
+    )
 
 
 def _forward_alone(strategies: Sequence[Strategy]) -> Strategy:

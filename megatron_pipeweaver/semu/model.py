@@ -18,7 +18,7 @@ from megatron_pipeweaver.semu.reuse import DiskCache, Reuse, content_key
 from megatron_pipeweaver.semu.stages import Part, canonical_stage, stage_parts
 from megatron_pipeweaver.semu.strategies import LayerStrategy, held_tensors, recomputed
 from megatron_pipeweaver.semu.training import backward_graph, forward_graph
-from megatron_pipeweaver.semu.work import OperatorClass, Phase, Queue, Subgraph, Work
+from megatron_pipeweaver.semu.work import NO_WORK, OperatorClass, Phase, Queue, Subgraph, Work
 
 DEFAULT_STRATEGIES = (LayerStrategy.KEEP, LayerStrategy.RECOMPUTE)
 _MEMORY = Memory(0, Store.DEVICE)
@@ -113,9 +113,12 @@ class AnalyticCostModel:
 
     def p2p_latency_ns(self, size_bytes: int) -> int:
         """Time of a message of `size_bytes` between neighbouring pipeline ranks."""
-        return self._costs.work_ns(
-            Work(network_bytes=size_bytes, steps=1), OperatorClass.SEND, Queue.PIPELINE_LINK
-        )
+        work = Work(network_bytes=size_bytes, steps=1)
+        return self.work_ns(work, OperatorClass.SEND, Queue.PIPELINE_LINK)
+
+    def work_ns(self, work: Work, kind: OperatorClass, queue: Queue = Queue.COMPUTE) -> int:
+        """Latency of `work` on this device; 0 where there is none."""
+        return 0 if work == NO_WORK else self._costs.work_ns(work, kind, queue)
 
     def working_bytes(self, module: ModuleSpec, stage: StageShape, load: Load) -> int:
         """Device memory that a stage needs for a while, beyond what its strategies hold."""

@@ -1,0 +1,226 @@
+"""Which DP x TP x PP, sub-microbatch sizes and segments train a model fastest on given ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from megatron_pipeweaver.errors import ConfigError, InfeasibleError
+from megatron_pipeweaver.ir.batch import BatchMetadata, MicrobatchMetadata
+from megatron_pipeweaver.ir.cluster import ParallelSizes
+from megatron_pipeweaver.ir.layout import ChunkLayout
+from megatron_pipeweaver.ir.lmm import ModelSpec
+from megatron_pipeweaver.ir.problem import Problem
+from megatron_pipeweaver.ir.schedule import Schedule
+from megatron_pipeweaver.partition.offline import Partition, partition_model
+from megatron_pipeweaver.partition.workload import loads, make_workload
+from megatron_pipeweaver.semu.devices import DeviceProfile
+from megatron_pipeweaver.semu.interface import StageShape
+from megatron_pipeweaver.semu.memory import (
+    OptimizerOptions,
+    activation_capacity_bytes,
+    rank_state_bytes,
+)
+from megatron_pipeweaver.semu.model import AnalyticCostModel
+from megatron_pipeweaver.semu.options import RunOptions
+from megatron_pipeweaver.semu.reuse import Reuse
+from megatron_pipeweaver.semu.step import StepReport, emulate_step, training_flops
+
+Scheduler = Callable[[Problem], Schedule]
+"""Makes a schedule; raises `InfeasibleError` where there is none."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is trained on what: the part of a run that tuning does not change.
+
+    `microbatches` are a typical global batch, dealt to the data-parallel replicas in turn.
+    """
+
+    model: ModelSpec
+    device: DeviceProfile
+    microbatches: tuple[MicrobatchMetadata, ...]
+    options: RunOptions
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One way to run a job, and what its step costs: that of its slowest replica."""
+
+    parallel: ParallelSizes
+    partition: Partition
+    report: StepReport
+
+
+def parallel_choices(
+    ranks: int, microbatches: int, profile: DeviceProfile, model: ModelSpec
+) -> Iterator[ParallelSizes]:
+    """Every DP x TP x PP that fills `ranks`.
+
+    Tensor-parallel ranks share the fast link and divide every module's heads; every replica has a
+    microbatch.
+    """
+    for tensor in _divisors(ranks):
+        if tensor > profile.scale_up_ranks or any(
+            module.attention_heads % tensor or module.ffn_hidden_size % tensor
+            for module in model.modules
+        ):
+            continue
+        for pipeline in _divisors(ranks // tensor):
+            data = ranks // tensor // pipeline
+            if microbatches % data == 0:
+                yield ParallelSizes(
+                    pipeline=pipeline, tensor=tensor, data=data, sequence_parallel=tensor > 1
+                )
+
+
+def tune(
+    job: Job,
+    ranks: int,
+    schedule: Scheduler,
+    *,
+    choices: Sequence[ParallelSizes] | None = None,
+    reuse: Reuse | None = None,
+) -> tuple[Candidate, ...]:
+    """All choices that fit, fastest first.
+
+    Args:
+        job: what is trained.
+        ranks: devices in all.
+        schedule: makes a pipeline's schedule.
+        choices: the parallel sizes to try; all that fill `ranks` by default.
+        reuse: where emulated results are kept.
+
+    Raises:
+        InfeasibleError: nothing fits.
+    """
+    tried = tuple(
+        choices
+        if choices is not None
+        else parallel_choices(ranks, len(job.microbatches), job.device, job.model)
+    )
+    shared = reuse or Reuse()
+    found: list[Candidate] = []
+    for parallel in tried:
+        try:
+            found.append(evaluate(job, parallel, schedule, reuse=shared))
+        except (InfeasibleError, ConfigError) as error:
+            _log.info("%s does not fit: %s", parallel, error)
+    if not found:
+        raise InfeasibleError(
+            f"tune: none of {len(tried)} choices of parallel sizes for {ranks} ranks fits into "
+            f"{job.device.spec.memory_bytes} bytes; use more ranks or a smaller model"
+        )
+    return tuple(sorted(found, key=lambda one: one.report.iteration_ns))
+
+
+def evaluate(
+    job: Job,
+    parallel: ParallelSizes,
+    schedule: Scheduler,
+    *,
+    reuse: Reuse | None = None,
+    partition: Partition | None = None,
+) -> Candidate:
+    """One choice of parallel sizes: B_i and K_i by the paper's rules, schedules, step.
+
+    Args:
+        job: what is trained.
+        parallel: the sizes.
+        schedule: makes a pipeline's schedule.
+        reuse: where emulated results are kept.
+        partition: B_i and K_i, where they are given.
+
+    Raises:
+        InfeasibleError: it does not fit into memory.
+        ConfigError: the sizes do not fit the batch or the model.
+    """
+    if len(job.microbatches) % parallel.data:
+        raise ConfigError(
+            f"{len(job.microbatches)} microbatches cannot be dealt to {parallel.data} replicas"
+        )
+    options = replace(job.options, parallel=parallel)
+    costs = AnalyticCostModel(job.device, options, reuse=reuse)
+    typical = max(job.microbatches, key=lambda one: sum(map(len, one.items.values())))
+    cut = partition or partition_model(job.model, parallel.pipeline, costs, typical)
+    replicas = [
+        BatchMetadata(microbatches=job.microbatches[index :: parallel.data])
+        for index in range(parallel.data)
+    ]
+    # Replicas wait for each other when they exchange gradients: the one with most work decides.
+    heaviest = max(replicas, key=lambda batch: batch_flops(job, batch, cut))
+    reserve = working_bytes(job, heaviest, cut, costs)
+    capacity = activation_capacity_bytes(
+        job.device.spec.memory_bytes,
+        rank_state_bytes(job.model, cut.layout, options, job.optimizer),
+        reserve,
+    )
+    workload = make_workload(
+        heaviest,
+        job.model,
+        cut.layout,
+        cut.sub_microbatch,
+        costs,
+        capacity,
+        parallel=parallel,
+        element_bytes=options.element_bytes,
+    )
+    report = emulate_step(
+        schedule=schedule(workload.problem),
+        model=job.model,
+        layout=cut.layout,
+        costs=costs,
+        model_flops=batch_flops(job, heaviest, cut),
+        reserve_bytes=reserve,
+        optimizer=job.optimizer,
+    )
+    return Candidate(parallel=parallel, partition=cut, report=report)
+
+
+def batch_flops(job: Job, batch: BatchMetadata, partition: Partition) -> int:
+    """Model FLOPs of training on `batch`."""
+    counts: dict[object, int] = {}
+    total = 0
+    for key in loads(batch, job.model, partition.sub_microbatch):
+        if key not in counts:
+            name, load = key
+            counts[key] = training_flops(job.model.module(name), load, job.options)
+        total += counts[key]
+    return total
+
+
+def working_bytes(
+    job: Job, batch: BatchMetadata, partition: Partition, costs: AnalyticCostModel
+) -> int:
+    """The most memory that any stage needs for a while, beyond what its strategy holds."""
+    shapes = tuple(_stage_shapes(partition.layout))
+    return max(
+        costs.working_bytes(job.model.module(name), shape, load)
+        for name, load in set(loads(batch, job.model, partition.sub_microbatch))
+        for module, shape in shapes
+        if module == name
+    )
+
+
+def _stage_shapes(layout: ChunkLayout) -> Iterator[tuple[str, StageShape]]:
+    seen = set()
+    for rank in range(layout.pipeline_size):
+        for place in layout.chunks_of_rank(rank):
+            shape = StageShape(
+                layers=place.layers,
+                is_first=place.is_first,
+                is_last=place.is_last,
+                first_layer=place.first_layer,
+            )
+            alike = (place.module, place.layers, place.is_first, place.is_last)
+            if alike not in seen:
+                seen.add(alike)
+                yield place.module, shape
+
+
+def _divisors(number: int) -> tuple[int, ...]:
+    return tuple(one for one in range(1, number + 1) if number % one == 0)

@@ -1,0 +1,146 @@
+"""A whole training step: pipeline, gradient exchange, optimizer; busy time, memory and MFU.
+
+rank r | pipeline schedule | gradients: reduce-scatter | optimizer | weights: all-gather |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.ir.cluster import ParallelSizes
+from megatron_pipeweaver.ir.layout import ChunkLayout
+from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleSpec
+from megatron_pipeweaver.ir.schedule import Schedule
+from megatron_pipeweaver.semu.interface import Load, StageShape
+from megatron_pipeweaver.semu.memory import OptimizerOptions, rank_parameters, rank_state_bytes
+from megatron_pipeweaver.semu.model import AnalyticCostModel
+from megatron_pipeweaver.semu.operators import collective_work
+from megatron_pipeweaver.semu.options import RunOptions
+from megatron_pipeweaver.semu.stages import stage_parts
+from megatron_pipeweaver.semu.work import OperatorClass, Phase, Queue, Work
+
+_TRAINING_FACTOR = 3
+"""Model FLOPs of a training step per forward FLOP: the backward counts twice (no recomputation)."""
+_SECOND_NS = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One training step of one pipeline replica; per-rank numbers are by pipeline rank.
+
+    `mfu` is model FLOPs over what all ranks of the replica could compute in `iteration_ns`.
+    """
+
+    iteration_ns: int
+    pipeline_ns: int
+    busy_ns: tuple[int, ...]
+    bubble_ns: tuple[int, ...]
+    gradient_exchange_ns: tuple[int, ...]
+    optimizer_ns: tuple[int, ...]
+    state_bytes: tuple[int, ...]
+    peak_bytes: tuple[int, ...]
+    model_flops: int
+    mfu: float
+
+
+def emulate_step(
+    *,
+    schedule: Schedule,
+    model: ModelSpec,
+    layout: ChunkLayout,
+    costs: AnalyticCostModel,
+    model_flops: int,
+    reserve_bytes: int = 0,
+    optimizer: OptimizerOptions | None = None,
+) -> StepReport:
+    """The step that runs `schedule` and then exchanges gradients and updates weights.
+
+    Gradients are reduced behind the pipeline, as PipeWeaver's schedule function has it, so nothing
+    of that hides behind compute.
+
+    Args:
+        schedule: of one replica.
+        model: the modules.
+        layout: their cut.
+        costs: device and run options.
+        model_flops: see `forward_flops`; of one replica's share of the batch, training included.
+        reserve_bytes: working memory on top of what stage pairs hold.
+        optimizer: what it keeps.
+    """
+    rule = optimizer or OptimizerOptions()
+    options = costs.options
+    parameters = rank_parameters(model, layout, options)
+    exchange = tuple(_exchange_ns(count, costs, rule) for count in parameters)
+    update = tuple(_optimizer_ns(count, costs, rule) for count in parameters)
+    states = rank_state_bytes(model, layout, options, rule)
+    busy = tuple(sum(op.end_ns - op.start_ns for op in rank) for rank in schedule.ranks)
+    if len(busy) != layout.pipeline_size:
+        raise ConfigError(
+            f"step: the schedule has {len(busy)} ranks, the layout {layout.pipeline_size}"
+        )
+    tail = max(one + other for one, other in zip(exchange, update, strict=True))
+    iteration = schedule.makespan_ns + tail
+    return StepReport(
+        iteration_ns=iteration,
+        pipeline_ns=schedule.makespan_ns,
+        busy_ns=busy,
+        bubble_ns=tuple(schedule.makespan_ns - one for one in busy),
+        gradient_exchange_ns=exchange,
+        optimizer_ns=update,
+        state_bytes=states,
+        peak_bytes=tuple(
+            state + held + reserve_bytes
+            for state, held in zip(states, schedule.peak_memory_bytes, strict=True)
+        ),
+        model_flops=model_flops,
+        mfu=utilisation(model_flops, iteration, options.parallel, costs.profile.spec.flops),
+    )
+
+
+def utilisation(
+    model_flops: int, iteration_ns: int, parallel: ParallelSizes, device_flops: int
+) -> float:
+    """Model FLOPs over what the ranks of one replica could compute in `iteration_ns`."""
+    ranks = parallel.pipeline * parallel.tensor * parallel.context
+    possible = ranks * device_flops * iteration_ns
+    return model_flops * _SECOND_NS / possible if possible else 0.0
+
+
+def forward_flops(module: ModuleSpec, load: Load, options: RunOptions) -> int:
+    """Matrix FLOPs of one forward through the whole module, over all tensor-parallel ranks."""
+    whole = RunOptions(attention=options.attention)
+    stage = StageShape(layers=module.layers, is_first=True, is_last=True)
+    return sum(
+        part.copies * part.build(whole).flops(Phase.FORWARD)
+        for part in stage_parts(module, stage, load)
+    )
+
+
+def training_flops(module: ModuleSpec, load: Load, options: RunOptions) -> int:
+    """Model FLOPs of one pass: three forwards' worth, or one for a frozen module."""
+    return forward_flops(module, load, options) * (1 if module.frozen else _TRAINING_FACTOR)
+
+
+def _exchange_ns(parameters: int, costs: AnalyticCostModel, rule: OptimizerOptions) -> int:
+    """Gradients out and weights in, over the ranks that hold the same parameters."""
+    options = costs.options
+    ranks = options.parallel.data * options.parallel.context
+    gradients = parameters * options.gradient_bytes
+    if not rule.distributed:
+        work = collective_work(OperatorClass.ALL_REDUCE, gradients, ranks)
+        return costs.work_ns(work, OperatorClass.ALL_REDUCE, Queue.DATA_LINK)
+    scatter = collective_work(OperatorClass.REDUCE_SCATTER, gradients, ranks)
+    gather = collective_work(OperatorClass.ALL_GATHER, parameters * options.element_bytes, ranks)
+    return costs.work_ns(scatter, OperatorClass.REDUCE_SCATTER, Queue.DATA_LINK) + costs.work_ns(
+        gather, OperatorClass.ALL_GATHER, Queue.DATA_LINK
+    )
+
+
+def _optimizer_ns(parameters: int, costs: AnalyticCostModel, rule: OptimizerOptions) -> int:
+    """The update reads and writes its state, reads gradients and writes weights."""
+    options = costs.options
+    ranks = options.parallel.data * options.parallel.context if rule.distributed else 1
+    moved = 2 * rule.state_bytes + options.gradient_bytes + options.element_bytes
+    work = Work(memory_bytes=-(-parameters // ranks) * moved)
+    return costs.work_ns(work, OperatorClass.OPTIMIZER)
