@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from functools import cache
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -63,7 +63,14 @@ def _read(node: JsonNode, kind: Any) -> Any:
         return _read_dataclass(node, cast(type, kind))
     if issubclass(kind, StrEnum):
         return _key(node, node.text(), kind)
-    return {bool: node.boolean, int: node.integer, str: node.text}[kind]()
+    return _READERS[kind](node)
+
+
+_READERS: Mapping[type, Callable[[JsonNode], bool | int | str]] = {
+    bool: JsonNode.boolean,
+    int: JsonNode.integer,
+    str: JsonNode.text,
+}
 
 
 def _key(node: JsonNode, name: str, kind: Any) -> Any:

@@ -18,14 +18,15 @@ from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.trace import Trace
 from megatron_pipeweaver.planner.planner import PlannedIteration, Planner, batch_digest
-from megatron_pipeweaver.planner.wire import ReceivedPlan, decode, encode, encode_failure
+from megatron_pipeweaver.planner.source import InProcessSource, PlanAnswer, PlanSource
+from megatron_pipeweaver.planner.wire import ReceivedPlan, decode, encode_failure
 from megatron_pipeweaver.plugin import compat
 from megatron_pipeweaver.plugin.communicators import Communicators, connect
 from megatron_pipeweaver.plugin.data import (
     DataIterator,
     DescribeMicrobatch,
+    LookAhead,
     describe_batch,
-    pull_microbatches,
 )
 from megatron_pipeweaver.plugin.stages import MegatronStages, StepContext
 from megatron_pipeweaver.runtime.agreement import agree, broadcast_bytes
@@ -74,23 +75,25 @@ class PipeWeaverSchedule:
     """Megatron's forward-backward function for models made of PipeWeaver's chunks.
 
     Args:
-        planner: makes the plan, on one rank of each replica.
+        source: makes the plans, on one rank of each replica; of a bare planner, in this process.
         describe: reads a microbatch's metadata.
-        gather_traces: collect every iteration's trace from all ranks of the pipeline.
+        gather_traces: collect every iteration's trace from all ranks of the pipeline; plans can
+            learn from measured times only where this is on.
         on_iteration: told of every iteration when it has run, on every rank.
         wait_timeout: how long a wait for another rank may last before it ends with an error.
     """
 
     def __init__(
         self,
-        planner: Planner,
+        source: Planner | PlanSource,
         describe: DescribeMicrobatch,
         *,
         gather_traces: bool = False,
         on_iteration: Callable[[IterationReport], None] | None = None,
         wait_timeout: timedelta = timedelta(minutes=10),
     ) -> None:
-        self._planner = planner
+        self._source = InProcessSource(source) if isinstance(source, Planner) else source
+        self._look_ahead = LookAhead()
         self._describe = describe
         self._gather_traces = gather_traces
         self._on_iteration = on_iteration
@@ -101,7 +104,7 @@ class PipeWeaverSchedule:
     @property
     def layout(self) -> ChunkLayout:
         """Where the layers live that this schedule runs."""
-        return self._planner.layout
+        return self._source.layout
 
     def owns(self, model: torch.nn.Module | Sequence[torch.nn.Module]) -> bool:
         """Whether `model` is made of PipeWeaver's chunks."""
@@ -144,7 +147,8 @@ class PipeWeaverSchedule:
             self._communicators = connect(groups.pp, self._wait_timeout)
         with _timed(config):
             load = self._load(data_iterator, num_microbatches)
-            received, planned = self._plan_for(load, forward_only, self._communicators)
+            received, answer = self._plan_for(load, forward_only, self._communicators)
+            self._request_next(data_iterator, num_microbatches, forward_only)
             context = StepContext(
                 forward_step_func=forward_step_func,
                 model=chunks,
@@ -170,13 +174,13 @@ class PipeWeaverSchedule:
             measured_ns = time.perf_counter_ns() - start_ns
             if not forward_only:
                 finish_gradients(chunks, config, stages.num_tokens, groups, force_all_reduce)
-        self._report(received, planned, load.batch, forward_only, measured_ns, recorder)
+        self._report(received, answer, load.batch, forward_only, measured_ns, recorder)
         return stages.losses()
 
     def _load(self, data_iterator: DataIterator, count: int) -> _Load:
         """This rank's microbatches and their metadata, or why it has none."""
         try:
-            microbatches = pull_microbatches(data_iterator, count)
+            microbatches = self._look_ahead.take(data_iterator, count)
             batch = describe_batch(microbatches, self._describe)
         except Exception as error:
             _log.exception("no batch on this rank")
@@ -185,29 +189,30 @@ class PipeWeaverSchedule:
 
     def _plan_for(
         self, load: _Load, forward_only: bool, ranks: Communicators
-    ) -> tuple[ReceivedPlan, PlannedIteration | None]:
+    ) -> tuple[ReceivedPlan, PlanAnswer | None]:
         """The plan for exactly this batch, equal on every rank that runs it.
 
         Whatever fails on one rank is told to all in one exchange, so that none waits for it.
         """
-        planned = None
+        answer = None
         message = None
-        if torch.distributed.get_rank() == ranks.planning_rank:
-            planned, message = self._make_plan(load, forward_only)
+        if self._plans():
+            answer, message = self._make_plan(load, forward_only)
         data = broadcast_bytes(message, ranks.control, ranks.planning_rank)
         received, failure = None, load.failure
         held = {"plan": "", "batch": "" if load.batch is None else batch_digest(load.batch)}
         try:
-            received = decode(data)
+            known = None if answer is None else answer.received
+            received = decode(data) if known is None else known
             held["plan"] = received.plan.fingerprint
             held["batch"] = held["batch"] or received.batch_digest
         except PipeWeaverError as error:
             failure = failure or str(error)
         agree(held, ranks.control, failure=failure)
         assert received is not None  # else `agree` has raised, here and everywhere
-        return received, planned
+        return received, answer
 
-    def _make_plan(self, load: _Load, forward_only: bool) -> tuple[PlannedIteration | None, bytes]:
+    def _make_plan(self, load: _Load, forward_only: bool) -> tuple[PlanAnswer | None, bytes]:
         """The plan and its bytes, or the reason why there is none.
 
         Whatever goes wrong here, the ranks that wait must hear of it, so nothing may escape.
@@ -218,16 +223,35 @@ class PipeWeaverSchedule:
             )
             return None, encode_failure(reason)
         try:
-            planned = self._planner.plan(load.batch, forward_only=forward_only)
-            return planned, encode(planned, batch_digest(load.batch))
+            answer = self._source.collect(load.batch, forward_only=forward_only)
+            return answer, answer.data
         except Exception as error:
             _log.debug("planning failed", exc_info=True)
             return None, encode_failure(f"{type(error).__name__}: {error}")
 
+    def _plans(self) -> bool:
+        """Whether this is the rank that plans."""
+        ranks = self._communicators
+        return ranks is not None and torch.distributed.get_rank() == ranks.planning_rank
+
+    def _request_next(self, data_iterator: DataIterator, count: int, forward_only: bool) -> None:
+        """Have the next iteration planned while this one runs, as far as its batch is known."""
+        if not self._plans():
+            return
+        try:
+            microbatches = self._look_ahead.peek(data_iterator, count)
+            batch = None if microbatches is None else describe_batch(microbatches, self._describe)
+        except Exception:
+            # Whoever takes this batch meets the same error, and tells all ranks of it.
+            _log.debug("no look at the next batch", exc_info=True)
+            return
+        if batch is not None:
+            self._source.request(batch, forward_only=forward_only)
+
     def _report(
         self,
         received: ReceivedPlan,
-        planned: PlannedIteration | None,
+        answer: PlanAnswer | None,
         batch: BatchMetadata | None,
         forward_only: bool,
         measured_ns: int,
@@ -236,13 +260,15 @@ class PipeWeaverSchedule:
         trace = None
         if self._gather_traces and self._communicators is not None:
             trace = recorder.gather_trace(self._communicators.pipeline)
+        if trace is not None and batch is not None and answer is not None:
+            self._source.observe(batch, forward_only=forward_only, trace=trace)
         if self._on_iteration is not None:
             self._on_iteration(
                 IterationReport(
                     iteration=self._iteration,
                     forward_only=forward_only,
                     received=received,
-                    planned=planned,
+                    planned=None if answer is None else answer.planned(),
                     batch=batch,
                     measured_ns=measured_ns,
                     trace=trace,

@@ -161,7 +161,7 @@ def no_memory(
     rank: int, microbatches: list[Any], schedule: PipeWeaverSchedule, patch: pytest.MonkeyPatch
 ) -> None:
     """A microbatch alone does not fit."""
-    patch.setattr(schedule._planner, "_memory_capacity_bytes", (10,) * 4)
+    patch.setattr(schedule._source.planner, "_memory_capacity_bytes", (10,) * 4)
 
 
 def lose_data(

@@ -1,0 +1,130 @@
+"""Where the schedule function gets its plans: the seam between training and planning.
+
+    request(batch t+1) ... iteration t trains ... collect(batch t+1) -> plan
+
+`InProcessSource` plans when it is asked, on the critical path; `background.BackgroundSource` has a
+process of its own for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_pipeweaver.ir.batch import BatchMetadata
+from megatron_pipeweaver.ir.layout import ChunkLayout
+from megatron_pipeweaver.ir.trace import Trace
+from megatron_pipeweaver.planner.planner import PlannedIteration, Planner, batch_digest
+from megatron_pipeweaver.planner.wire import ReceivedPlan, encode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanCounters:
+    """What became of the plans so far.
+
+    `planned` iterations ran a plan from the planner and `static` ones a static plan, because the
+    planner was `late`, or had `failed` (died, hung, or answered with what is no plan for the
+    batch), or could not be asked at all. `cached` counts those planned iterations whose plan was
+    there from an earlier one; `restarted` the planner's new starts.
+    """
+
+    planned: int = 0
+    static: int = 0
+    cached: int = 0
+    late: int = 0
+    failed: int = 0
+    restarted: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.planned} iterations planned ({self.cached} from the cache), "
+            f"{self.static} by static plans; planner late {self.late}, failed {self.failed}, "
+            f"restarted {self.restarted} times"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanAnswer:
+    """A plan as it goes to all ranks, and what the planning rank knows besides.
+
+    `received` is the same plan, decoded, where that was done already; `planned` makes the problem
+    and the schedule behind it, which takes a while.
+    """
+
+    data: bytes
+    received: ReceivedPlan | None
+    planned: Callable[[], PlannedIteration]
+
+
+class PlanSource(Protocol):
+    """Makes plans on the planning rank; on other ranks it is never asked."""
+
+    @property
+    def layout(self) -> ChunkLayout:
+        """Where the layers live that are planned for."""
+        ...
+
+    @property
+    def counters(self) -> PlanCounters:
+        """What became of the plans so far."""
+        ...
+
+    def request(self, batch: BatchMetadata, *, forward_only: bool) -> None:
+        """Say that a plan for `batch` will be collected; returns at once and raises nothing."""
+        ...
+
+    def collect(self, batch: BatchMetadata, *, forward_only: bool) -> PlanAnswer:
+        """A plan for exactly `batch`, whether it was requested before or not.
+
+        Raises:
+            PipeWeaverError: there is none, not even a static one.
+        """
+        ...
+
+    def observe(self, batch: BatchMetadata, *, forward_only: bool, trace: Trace) -> None:
+        """Tell how long the stages of `batch` really took; raises nothing."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything; a closed source is asked no more."""
+        ...
+
+
+class InProcessSource:
+    """Plans in the training process, while it waits; a `PlanSource`.
+
+    Args:
+        planner: makes the plans.
+    """
+
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+        self._planned = 0
+
+    @property
+    def layout(self) -> ChunkLayout:
+        """Where the layers live that are planned for."""
+        return self.planner.layout
+
+    @property
+    def counters(self) -> PlanCounters:
+        """What became of the plans so far."""
+        return PlanCounters(planned=self._planned)
+
+    def request(self, batch: BatchMetadata, *, forward_only: bool) -> None:
+        """Does nothing: there is nobody to plan meanwhile."""
+
+    def collect(self, batch: BatchMetadata, *, forward_only: bool) -> PlanAnswer:
+        """The plan, after the whole search."""
+        planned = self.planner.plan(batch, forward_only=forward_only)
+        self._planned += 1
+        return PlanAnswer(
+            data=encode(planned, batch_digest(batch)), received=None, planned=lambda: planned
+        )
+
+    def observe(self, batch: BatchMetadata, *, forward_only: bool, trace: Trace) -> None:
+        """Does nothing: the plans follow the cost model as it was given."""
+
+    def close(self) -> None:
+        """Does nothing."""
