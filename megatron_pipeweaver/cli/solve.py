@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 from megatron_pipeweaver.cli.files import load_problem, refuse_bad_outputs
@@ -10,11 +11,13 @@ from megatron_pipeweaver.cli.search_flags import add_search_arguments, search_co
 from megatron_pipeweaver.compiler.check import check_schedule
 from megatron_pipeweaver.ir.codec import schedule_to_json
 from megatron_pipeweaver.ir.json_reader import write_whole
-from megatron_pipeweaver.search.anytime import SearchResult, solve
+from megatron_pipeweaver.search.anytime import Improvement, SearchResult, solve
 from megatron_pipeweaver.view.layout import draw_schedule
 from megatron_pipeweaver.view.report import format_table, schedule_facts
 from megatron_pipeweaver.view.svg import render_svg
 from megatron_pipeweaver.view.units import milliseconds
+
+_log = logging.getLogger(__name__)
 
 HELP = "search for a schedule of a problem file"
 
@@ -34,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     config = search_config(args)
     refuse_bad_outputs([args.output, args.svg], inputs=[args.problem])
     problem, sha256 = load_problem(args.problem)
-    result = solve(problem, config, problem_sha256=sha256)
+    result = solve(problem, config, problem_sha256=sha256, on_improvement=_tell)
     check_schedule(problem, result.schedule, problem_sha256=sha256)
     write_whole(args.output, schedule_to_json(result.schedule))
     if args.svg is not None:
@@ -47,6 +50,15 @@ def run(args: argparse.Namespace) -> int:
         f"in {milliseconds(result.elapsed_ns)}; written to {args.output}"
     )
     return 0
+
+
+def _tell(better: Improvement) -> None:
+    _log.info(
+        "%s after %s, %d evaluated",
+        milliseconds(better.makespan_ns),
+        milliseconds(better.elapsed_ns),
+        better.evaluations,
+    )
 
 
 def _baselines(result: SearchResult) -> str:
