@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from megatron_pipeweaver.errors import ConfigError
-
-if TYPE_CHECKING:
-    from megatron_pipeweaver.models.chunk import ModelChunk
 
 POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
 
@@ -38,7 +35,7 @@ class ModelOptions:
     transformer_engine: bool | None = None
     common: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    initialize: Callable[[Sequence[ModelChunk]], None] | None = None
+    initialize: Callable[[Sequence[Any]], None] | None = None
 
     def __post_init__(self) -> None:
         if self.position_embedding not in POSITION_EMBEDDINGS:
