@@ -56,7 +56,14 @@ class OperatorCosts:
             found = rule(operator, phase)
             if found is not None:
                 return found
-        return self.work_ns(work, operator.kind, operator.queue)
+        found = self.work_ns(work, operator.kind, operator.queue)
+        factors = self._profile.factors_of(operator.kind)
+        stretch = {
+            Phase.FORWARD: _PERMILLE,
+            Phase.INPUT_GRAD: factors.input_grad_permille,
+            Phase.WEIGHT_GRAD: factors.weight_grad_permille,
+        }
+        return ceil_div(found * stretch[phase], _PERMILLE)
 
     def work_ns(self, work: Work, kind: OperatorClass, queue: Queue = Queue.COMPUTE) -> int:
         """Roofline latency of `work`, in nanoseconds."""

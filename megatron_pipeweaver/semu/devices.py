@@ -27,7 +27,14 @@ _SPEC_KEYS = (
     "host_bandwidth",
     "link_latency_ns",
 )
-_FACTOR_KEYS = ("compute_permille", "memory_permille", "network_permille", "overhead_ns")
+_FACTOR_KEYS = (
+    "compute_permille",
+    "memory_permille",
+    "network_permille",
+    "overhead_ns",
+    "input_grad_permille",
+    "weight_grad_permille",
+)
 _HALF_KEY = "half_sizes"
 
 
@@ -36,17 +43,22 @@ class Factors:
     """How much of the data sheet an operator class reaches, in thousandths, and its launch cost.
 
     `half_sizes` are the sizes ``(m, n, k)`` at which a matmul reaches half of its rate because of
-    that size alone.
+    that size alone. The gradients take `input_grad_permille` and `weight_grad_permille` of what
+    their work says, in thousandths.
     """
 
     compute_permille: int = 1000
     memory_permille: int = 1000
     network_permille: int = 1000
     overhead_ns: int = 0
+    input_grad_permille: int = 1000
+    weight_grad_permille: int = 1000
     half_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for what in ("compute_permille", "memory_permille", "network_permille"):
+        for what in _FACTOR_KEYS:
+            if what == "overhead_ns":
+                continue
             if getattr(self, what) < 1:
                 raise ConfigError(f"device factors: {what} is {getattr(self, what)}; need >= 1")
         if self.overhead_ns < 0 or any(size < 0 for size in self.half_sizes):

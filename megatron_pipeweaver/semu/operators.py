@@ -170,6 +170,7 @@ def elementwise(
     saves: tuple[str, ...] = (),
     makes: tuple[str, ...] = (),
     backward: bool = True,
+    kind: OperatorClass = OperatorClass.ELEMENTWISE,
 ) -> str:
     """Any operator that reads its sources once and writes `elements`.
 
@@ -181,7 +182,7 @@ def elementwise(
     sketch.operators.append(
         Operator(
             name=name,
-            kind=OperatorClass.ELEMENTWISE,
+            kind=kind,
             inputs=sources,
             outputs=(output, *makes),
             saves=kept,
@@ -198,7 +199,15 @@ def activation(sketch: Sketch, name: str, source: str, elements: int, *, gated: 
     if gated and not sketch.options.fused_activation:
         # Megatron's own: the activated half, and the other one with an offset added.
         makes = (sketch.tensor(f"{name}.gate", elements), sketch.tensor(f"{name}.up", elements))
-    return elementwise(sketch, name, (source,), elements, saves=(source,), makes=makes)
+    return elementwise(
+        sketch,
+        name,
+        (source,),
+        elements,
+        saves=(source,),
+        makes=makes,
+        kind=OperatorClass.ACTIVATION,
+    )
 
 
 def split(
@@ -280,50 +289,90 @@ class AttentionShape:
 def attention(
     sketch: Sketch, name: str, sources: tuple[str, str, str], shape: AttentionShape
 ) -> str:
-    """Softmax attention; keeps what `RunOptions.attention` says."""
+    """Softmax attention of query, key and value, as `RunOptions.attention` has it run."""
+    if sketch.options.attention is Attention.DENSE:
+        return _dense_attention(sketch, name, sources, shape)
     query, key, value = sources
     output = sketch.tensor(f"{name}.out", shape.rows * shape.heads * shape.head_size)
-    scores = shape.heads * shape.pairs
-    flops = 4 * scores * shape.head_size
+    statistics = sketch.tensor(f"{name}.statistics", shape.rows * shape.heads, STATISTIC_BYTES)
+    flops = 4 * shape.heads * shape.pairs * shape.head_size
     moved = sketch.bytes_of(query, key, value, output)
-    made: list[str] = []
-    kept_output: tuple[str, ...] = ()
-    if sketch.options.attention is Attention.DENSE:
-        probabilities = sketch.tensor(f"{name}.probabilities", scores)
-        made.append(probabilities)
-        if sketch.options.dropout:
-            made.append(sketch.tensor(f"{name}.dropped", scores))
-            made.append(sketch.tensor(f"{name}.dropout_mask", scores, sketch.options.mask_bytes))
-        passes_over_scores = 4
-        moved += passes_over_scores * sketch.bytes_of(probabilities)
-        backward_flops = 2 * flops
-    else:
-        kept_output = (output,)
-        made.append(sketch.tensor(f"{name}.statistics", shape.rows * shape.heads, STATISTIC_BYTES))
-        backward_flops = 5 * flops // 2
-    mean_length = max(1, shape.pairs // max(1, shape.rows))
+    sizes = (shape.rows, max(1, shape.pairs // max(1, shape.rows)), shape.head_size)
     sketch.operators.append(
         Operator(
             name=name,
             kind=OperatorClass.ATTENTION,
-            inputs=(query, key, value),
-            outputs=(output, *made),
-            saves=(query, key, value, *made, *kept_output),
-            forward=Work(
-                flops=flops,
-                memory_bytes=moved,
-                shape=(shape.rows, mean_length, shape.head_size),
-                count=shape.heads,
-            ),
+            inputs=sources,
+            outputs=(output, statistics),
+            saves=(*sources, output, statistics),
+            forward=Work(flops=flops, memory_bytes=moved, shape=sizes, count=shape.heads),
+            # The backward computes the scores once more: five products for the forward's two.
             input_grad=Work(
-                flops=backward_flops,
-                memory_bytes=2 * moved,
-                shape=(shape.rows, mean_length, shape.head_size),
-                count=shape.heads,
+                flops=5 * flops // 2, memory_bytes=2 * moved, shape=sizes, count=shape.heads
             ),
         )
     )
     return output
+
+
+def _dense_attention(
+    sketch: Sketch, name: str, sources: tuple[str, str, str], shape: AttentionShape
+) -> str:
+    """Megatron's own: scores, softmax, context; the probabilities are kept."""
+    query, key, value = sources
+    options = sketch.options
+    elements = shape.heads * shape.pairs
+    scores = sketch.tensor(f"{name}_scores.out", elements)
+    sizes = (shape.rows, max(1, shape.pairs // max(1, shape.rows)), shape.head_size)
+    _product(sketch, f"{name}_scores", (query, key), scores, shape, sizes)
+    probabilities = sketch.tensor(f"{name}.probabilities", elements)
+    makes = [probabilities]
+    if options.dropout:
+        makes.append(sketch.tensor(f"{name}.dropped", elements))
+        makes.append(sketch.tensor(f"{name}.dropout_mask", elements, options.mask_bytes))
+    moved = sketch.bytes_of(scores)
+    sketch.operators.append(
+        Operator(
+            name=f"{name}_softmax",
+            kind=OperatorClass.SOFTMAX,
+            inputs=(scores,),
+            outputs=tuple(makes),
+            saves=tuple(makes),
+            forward=Work(memory_bytes=4 * moved),
+            input_grad=Work(memory_bytes=5 * moved),
+        )
+    )
+    output = sketch.tensor(f"{name}.out", shape.rows * shape.heads * shape.head_size)
+    weights = makes[1] if options.dropout else probabilities
+    turned = (shape.rows, shape.head_size, sizes[1])
+    _product(sketch, f"{name}_context", (weights, value), output, shape, turned)
+    return output
+
+
+def _product(
+    sketch: Sketch,
+    name: str,
+    sources: tuple[str, str],
+    output: str,
+    shape: AttentionShape,
+    sizes: tuple[int, int, int],
+) -> None:
+    """One batched product of attention; its backward is two."""
+    flops = 2 * shape.heads * shape.pairs * shape.head_size
+    moved = sketch.bytes_of(*sources, output)
+    sketch.operators.append(
+        Operator(
+            name=name,
+            kind=OperatorClass.ATTENTION,
+            inputs=sources,
+            outputs=(output,),
+            saves=sources,
+            forward=Work(flops=flops, memory_bytes=moved, shape=sizes, count=shape.heads),
+            input_grad=Work(
+                flops=2 * flops, memory_bytes=2 * moved, shape=sizes, count=shape.heads, kernels=2
+            ),
+        )
+    )
 
 
 @dataclass(frozen=True, slots=True)

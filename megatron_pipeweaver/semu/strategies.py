@@ -38,7 +38,11 @@ class Recomputed:
 
 _NORMS = frozenset({"norm1", "norm2", "norm_cross"})
 _ACTIVATIONS = frozenset({"activation", "expert_activation", "shared_activation"})
-_ATTENTIONS = frozenset({"attention", "cross_attention", "repeat_key", "repeat_value"})
+_ATTENTIONS = frozenset(
+    f"{prefix}attention{part}"
+    for prefix in ("", "cross_")
+    for part in ("", "_scores", "_softmax", "_context")
+) | {"repeat_key", "repeat_value", "repeat_cross_key", "repeat_cross_value"}
 
 _SELECTIVE: Mapping[LayerStrategy, Recomputed] = MappingProxyType(
     {

@@ -17,6 +17,7 @@ class OperatorClass(StrEnum):
     NORM = "norm"
     SOFTMAX = "softmax"
     ELEMENTWISE = "elementwise"
+    ACTIVATION = "activation"
     EMBEDDING = "embedding"
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"

@@ -1,0 +1,149 @@
+"""Predicted against measured stage pairs of real megatron-core layers on this CPU.
+
+    OMP_NUM_THREADS=1 python benchmarks/semu_accuracy/run.py [--repeats 9] [-o result.md]
+
+Calibrates from single operators, then compares chunks of two layers at sizes that calibration
+never saw: forward and backward, medians of repeated runs. Times are processor times of one thread,
+so that other programs on the machine count as little as can be; a quiet machine is still better.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import build_module
+
+from megatron_pipeweaver.ir.lmm import LayerOptions, ModuleKind, ModuleSpec
+from megatron_pipeweaver.plugin.cpu import cpu_patches
+from megatron_pipeweaver.plugin.patching import PatchSet
+from megatron_pipeweaver.semu.calibration import calibrate, measure
+from megatron_pipeweaver.semu.devices import load_device
+from megatron_pipeweaver.semu.interface import Load, StageShape
+from megatron_pipeweaver.semu.model import AnalyticCostModel
+from megatron_pipeweaver.semu.options import RunOptions
+
+LAYERS = 2
+WIDTH, HEADS, FFN = 192, 6, 768
+HELD_OUT = {"vision": [(49, 3), (100, 2), (196, 1)], "language": [(96, 1), (160, 1), (320, 1)]}
+CALIBRATION = [
+    (32, 128),
+    (64, 192),
+    (96, 256),
+    (128, 128),
+    (192, 192),
+    (256, 256),
+    (384, 128),
+    (384, 256),
+]
+
+
+def module(name: str) -> ModuleSpec:
+    kind = ModuleKind.VISION if name == "vision" else ModuleKind.LANGUAGE
+    return ModuleSpec(
+        name=name,
+        kind=kind,
+        layers=LAYERS,
+        hidden_size=WIDTH,
+        ffn_hidden_size=FFN,
+        attention_heads=HEADS,
+        kv_groups=HEADS,
+        layer=LayerOptions(rotary=False),
+    )
+
+
+def real_layers(name: str) -> list[torch.nn.Module]:
+    config = TransformerConfig(
+        num_layers=LAYERS,
+        hidden_size=WIDTH,
+        ffn_hidden_size=FFN,
+        num_attention_heads=HEADS,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        use_cpu_initialization=True,
+    )
+    make = get_vit_layer_with_local_spec if name == "vision" else get_gpt_layer_local_spec
+    return [
+        build_module(make(), config=config, layer_number=number + 1).train()
+        for number in range(LAYERS)
+    ]
+
+
+def time_chunk(layers: list[torch.nn.Module], size: tuple[int, int], repeats: int) -> int:
+    sequence, batch = size
+    mask = torch.ones(1, 1, sequence, sequence, dtype=torch.bool).triu(1)
+    times = []
+    for _ in range(repeats + 2):
+        hidden = torch.randn(sequence, batch, WIDTH).requires_grad_(True)
+        gradient = torch.randn(sequence, batch, WIDTH)
+        start = time.process_time_ns()
+        output = hidden
+        for layer in layers:
+            output = layer(output, attention_mask=mask)[0]
+        output.backward(gradient)
+        times.append(time.process_time_ns() - start)
+    return round(statistics.median(times[2:]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    samples = measure(sizes=CALIBRATION, repeats=arguments.repeats)
+    fitted = calibrate(samples, load_device("cpu"))
+    costs = AnalyticCostModel(fitted.profile, RunOptions.unfused())
+    lines = [
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread, "
+        f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}",
+        "",
+        "| operator class | held-out error |",
+        "|---|---|",
+        *(f"| {kind} | {error:.1%} |" for kind, error in fitted.held_out_error.items()),
+        "",
+        "| chunk | sequence x batch | measured ms | predicted ms | error |",
+        "|---|---|---|---|---|",
+    ]
+    errors = []
+    with PatchSet(cpu_patches()):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        parallel_state.initialize_model_parallel(1, 1)
+        model_parallel_cuda_manual_seed(1)
+        for name, sizes in HELD_OUT.items():
+            layers, spec = real_layers(name), module(name)
+            for sequence, batch in sizes:
+                load = Load(sequence=sequence, batch=batch, lengths=(sequence,) * batch)
+                stage = StageShape(layers=LAYERS, is_first=False, is_last=False)
+                keep = costs.stage_strategies(spec, stage, load)[0]
+                predicted = keep.forward_ns + keep.backward_ns + keep.weight_grad_ns
+                measured = time_chunk(layers, (sequence, batch), arguments.repeats)
+                errors.append(abs(predicted - measured) / measured)
+                lines.append(
+                    f"| {name} | {sequence} x {batch} | {measured / 1e6:.2f} "
+                    f"| {predicted / 1e6:.2f} | {predicted / measured - 1:+.1%} |"
+                )
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    lines += ["", f"mean accuracy {1 - statistics.mean(errors):.1%}"]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
