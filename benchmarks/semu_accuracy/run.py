@@ -12,6 +12,7 @@ import os
 import platform
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -28,7 +29,12 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron_pipeweaver.ir.lmm import LayerOptions, ModuleKind, ModuleSpec
 from megatron_pipeweaver.plugin.cpu import cpu_patches
 from megatron_pipeweaver.plugin.patching import PatchSet
-from megatron_pipeweaver.semu.calibration import calibrate, measure
+from megatron_pipeweaver.semu.calibration import (
+    LayerSample,
+    calibrate,
+    measure,
+    with_layer_times,
+)
 from megatron_pipeweaver.semu.devices import load_device
 from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.model import AnalyticCostModel
@@ -37,6 +43,7 @@ from megatron_pipeweaver.semu.options import RunOptions
 LAYERS = 2
 WIDTH, HEADS, FFN = 192, 6, 768
 HELD_OUT = {"vision": [(49, 3), (100, 2), (196, 1)], "language": [(96, 1), (160, 1), (320, 1)]}
+LAYER_CALIBRATION = [(64, 2), (128, 1), (256, 1)]
 CALIBRATION = [
     (32, 128),
     (64, 192),
@@ -82,10 +89,13 @@ def real_layers(name: str) -> list[torch.nn.Module]:
     ]
 
 
-def time_chunk(layers: list[torch.nn.Module], size: tuple[int, int], repeats: int) -> int:
+def time_chunk(
+    layers: list[torch.nn.Module], size: tuple[int, int], repeats: int
+) -> tuple[int, int]:
+    """Median forward and backward of a chunk."""
     sequence, batch = size
     mask = torch.ones(1, 1, sequence, sequence, dtype=torch.bool).triu(1)
-    times = []
+    forwards, backwards = [], []
     for _ in range(repeats + 2):
         hidden = torch.randn(sequence, batch, WIDTH).requires_grad_(True)
         gradient = torch.randn(sequence, batch, WIDTH)
@@ -93,9 +103,20 @@ def time_chunk(layers: list[torch.nn.Module], size: tuple[int, int], repeats: in
         output = hidden
         for layer in layers:
             output = layer(output, attention_mask=mask)[0]
+        middle = time.process_time_ns()
         output.backward(gradient)
-        times.append(time.process_time_ns() - start)
-    return round(statistics.median(times[2:]))
+        forwards.append(middle - start)
+        backwards.append(time.process_time_ns() - middle)
+    return round(statistics.median(forwards[2:])), round(statistics.median(backwards[2:]))
+
+
+def predict(costs: AnalyticCostModel, name: str, size: tuple[int, int]) -> tuple[int, int]:
+    """Emulated forward and backward of the same chunk."""
+    sequence, batch = size
+    load = Load(sequence=sequence, batch=batch, lengths=(sequence,) * batch)
+    stage = StageShape(layers=LAYERS, is_first=False, is_last=False)
+    keep = costs.stage_strategies(module(name), stage, load)[0]
+    return keep.forward_ns, keep.backward_ns + keep.weight_grad_ns
 
 
 def main() -> None:
@@ -105,11 +126,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     samples = measure(sizes=CALIBRATION, repeats=arguments.repeats)
-    fitted = calibrate(samples, load_device("cpu"))
-    costs = AnalyticCostModel(fitted.profile, RunOptions.unfused())
+    plain = replace(load_device("cpu"), layer_forward_ns=0, layer_backward_ns=0)
+    fitted = calibrate(samples, plain)
     lines = [
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread, "
-        f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}",
+        f"{platform.machine()}, {os.cpu_count()} cores, one thread, torch {torch.__version__}, "
+        f"load {os.getloadavg()[0]:.1f}, {arguments.repeats} repeats",
         "",
         "| operator class | held-out error |",
         "|---|---|",
@@ -123,17 +144,28 @@ def main() -> None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         parallel_state.initialize_model_parallel(1, 1)
         model_parallel_cuda_manual_seed(1)
+        chunks = {name: real_layers(name) for name in HELD_OUT}
+        bare = AnalyticCostModel(fitted.profile, RunOptions.unfused())
+        seen = [
+            LayerSample(
+                layers=LAYERS,
+                emulated_forward_ns=predict(bare, name, size)[0],
+                emulated_backward_ns=predict(bare, name, size)[1],
+                forward_ns=forward,
+                backward_ns=backward,
+            )
+            for name, layers in chunks.items()
+            for size in LAYER_CALIBRATION
+            for forward, backward in [time_chunk(layers, size, arguments.repeats)]
+        ]
+        costs = AnalyticCostModel(with_layer_times(fitted.profile, seen), RunOptions.unfused())
         for name, sizes in HELD_OUT.items():
-            layers, spec = real_layers(name), module(name)
-            for sequence, batch in sizes:
-                load = Load(sequence=sequence, batch=batch, lengths=(sequence,) * batch)
-                stage = StageShape(layers=LAYERS, is_first=False, is_last=False)
-                keep = costs.stage_strategies(spec, stage, load)[0]
-                predicted = keep.forward_ns + keep.backward_ns + keep.weight_grad_ns
-                measured = time_chunk(layers, (sequence, batch), arguments.repeats)
+            for size in sizes:
+                predicted = sum(predict(costs, name, size))
+                measured = sum(time_chunk(chunks[name], size, arguments.repeats))
                 errors.append(abs(predicted - measured) / measured)
                 lines.append(
-                    f"| {name} | {sequence} x {batch} | {measured / 1e6:.2f} "
+                    f"| {name} | {size[0]} x {size[1]} | {measured / 1e6:.2f} "
                     f"| {predicted / 1e6:.2f} | {predicted / measured - 1:+.1%} |"
                 )
         parallel_state.destroy_model_parallel()

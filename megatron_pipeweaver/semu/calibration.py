@@ -74,6 +74,35 @@ def calibrate(samples: Sequence[Sample], profile: DeviceProfile) -> Calibration:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSample:
+    """A chunk of `layers` layers: emulated, and measured in the framework that runs it."""
+
+    layers: int
+    emulated_forward_ns: int
+    emulated_backward_ns: int
+    forward_ns: int
+    backward_ns: int
+
+
+def with_layer_times(profile: DeviceProfile, samples: Sequence[LayerSample]) -> DeviceProfile:
+    """`profile` with what real layers take on top of their operators, the median of `samples`.
+
+    The emulated times must be those of `profile` itself.
+    """
+    forward = statistics.median(
+        (one.forward_ns - one.emulated_forward_ns) / one.layers for one in samples
+    )
+    backward = statistics.median(
+        (one.backward_ns - one.emulated_backward_ns) / one.layers for one in samples
+    )
+    return replace(
+        profile,
+        layer_forward_ns=max(0, profile.layer_forward_ns + round(forward)),
+        layer_backward_ns=max(0, profile.layer_backward_ns + round(backward)),
+    )
+
+
 def relative_error(sample: Sample, costs: OperatorCosts) -> float:
     """How far forward plus backward are off, as a share of what was measured."""
     predicted = sum(costs.latency_ns(sample.operator, phase) for phase in Phase)

@@ -35,6 +35,7 @@ _FACTOR_KEYS = (
     "input_grad_permille",
     "weight_grad_permille",
 )
+_PROFILE_NUMBERS = ("scale_up_ranks", "layer_forward_ns", "layer_backward_ns")
 _HALF_KEY = "half_sizes"
 
 
@@ -70,16 +71,22 @@ class DeviceProfile:
     """A device with its factors by operator class; classes that are not named reach all of it.
 
     `scale_up_ranks` is how many ranks share the fast link; `source` says where numbers are from.
+    Each layer takes `layer_forward_ns` and `layer_backward_ns` on top of its operators: what the
+    framework spends between them where the device has to wait for it.
     """
 
     spec: DeviceSpec
     factors: Mapping[OperatorClass, Factors] = field(default_factory=dict)
     scale_up_ranks: int = 8
+    layer_forward_ns: int = 0
+    layer_backward_ns: int = 0
     source: str = ""
 
     def __post_init__(self) -> None:
         if self.scale_up_ranks < 1:
             raise ConfigError(f"device {self.spec.name!r}: scale_up_ranks must be >= 1")
+        if min(self.layer_forward_ns, self.layer_backward_ns) < 0:
+            raise ConfigError(f"device {self.spec.name!r}: layers cannot take less than 0 ns")
 
     def factors_of(self, kind: OperatorClass) -> Factors:
         """The factors of one operator class."""
@@ -98,7 +105,7 @@ def profile_from_json(data: bytes, source: str) -> DeviceProfile:
     root = check_format(
         parse_json(data, source),
         DEVICE_FORMAT,
-        {"name", "source", "scale_up_ranks", "spec", "factors"},
+        {"name", "source", "spec", "factors", *_PROFILE_NUMBERS},
     )
     spec = root["spec"].keys(frozenset(_SPEC_KEYS))
     factors: dict[OperatorClass, Factors] = {}
@@ -111,7 +118,7 @@ def profile_from_json(data: bytes, source: str) -> DeviceProfile:
             name=root["name"].text(), **{key: spec[key].integer() for key in _SPEC_KEYS}
         ),
         factors=factors,
-        scale_up_ranks=root["scale_up_ranks"].integer(),
+        **{key: root[key].integer() for key in _PROFILE_NUMBERS},
         source=root["source"].text(),
     )
 
@@ -131,7 +138,7 @@ def profile_to_json(profile: DeviceProfile) -> bytes:
             "format": DEVICE_FORMAT,
             "name": profile.spec.name,
             "source": profile.source,
-            "scale_up_ranks": profile.scale_up_ranks,
+            **{key: getattr(profile, key) for key in _PROFILE_NUMBERS},
             "spec": {key: getattr(profile.spec, key) for key in _SPEC_KEYS},
             "factors": {
                 kind.value: {

@@ -202,11 +202,17 @@ class AnalyticCostModel:
         self, module: ModuleSpec, load: Load, parts: tuple[Part, ...], strategy: LayerStrategy
     ) -> Strategy:
         """One strategy in all layers of a stage; what is no layer keeps everything."""
+        between_forward = self.profile.layer_forward_ns
+        between_backward = self.profile.layer_backward_ns
         forward_ns = backward_ns = weight_grad_ns = held = copies_ns = fetch_ns = 0
         for part in parts:
             cost = self.part_cost(part, strategy if part.is_layer else LayerStrategy.KEEP)
             forward_ns += part.copies * cost.forward_ns
             backward_ns += part.copies * cost.backward_ns
+            if part.is_layer:
+                again = strategy is LayerStrategy.RECOMPUTE
+                forward_ns += part.copies * between_forward
+                backward_ns += part.copies * (between_backward + again * between_forward)
             weight_grad_ns += part.copies * cost.weight_grad_ns
             held += part.copies * cost.held_bytes
             copies_ns += part.copies * cost.copy_ns

@@ -1,15 +1,18 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.semu.calibration import (
+    LayerSample,
     Sample,
     calibrate,
     measure,
     non_negative_fit,
     relative_error,
+    with_layer_times,
 )
 from megatron_pipeweaver.semu.cost import OperatorCosts
 from megatron_pipeweaver.semu.devices import load_device, profile_from_json, profile_to_json
@@ -87,6 +90,24 @@ def test_weights_are_never_negative() -> None:
     falling = non_negative_fit(rows, [3.0, 2.0, 1.0])
     assert min(falling) >= 0.0
     assert non_negative_fit(rows, [5.0, 7.0, 9.0]) == pytest.approx((3.0, 2.0), rel=0.01)
+
+
+def test_layers_take_what_the_framework_adds() -> None:
+    samples = [
+        LayerSample(
+            layers=2,
+            emulated_forward_ns=100,
+            emulated_backward_ns=200,
+            forward_ns=100 + 2 * extra,
+            backward_ns=200 + 4 * extra,
+        )
+        for extra in (9, 10, 50)
+    ]
+    plain = replace(PROFILE, layer_forward_ns=0, layer_backward_ns=0)
+    fitted = with_layer_times(plain, samples)
+    assert (fitted.layer_forward_ns, fitted.layer_backward_ns) == (10, 20)
+    faster = [replace(one, forward_ns=0, backward_ns=0) for one in samples]
+    assert with_layer_times(plain, faster) == plain
 
 
 def test_measured_operators_can_be_fitted() -> None:
