@@ -18,6 +18,7 @@ from megatron_pipeweaver.plugin.install import (
     uninstall,
 )
 from megatron_pipeweaver.plugin.schedule import PipeWeaverSchedule
+from tests.unit.planner.examples import make_planner
 
 ORIGINALS = {name: getattr(schedules, name) for name in SCHEDULE_NAMES}
 EVERYTHING = dict(vars(schedules))
@@ -40,7 +41,7 @@ class Told(PipeWeaverSchedule):
     """Remembers its arguments instead of training."""
 
     def __init__(self):
-        super().__init__(planner=None, describe=None)
+        super().__init__(make_planner(), lambda one: pytest.fail("described"))
         self.arguments = []
 
     def __call__(self, **arguments):
