@@ -51,18 +51,19 @@ class Core {
     Timetable table;
     table.order = std::move(order);
     table.level = std::move(level);
+    table.split = split;
     table.start.assign(3 * static_cast<std::size_t>(model_.pairs), 0);
     table.end.assign(3 * static_cast<std::size_t>(model_.pairs), 0);
-    if (!Timer(model_).run(table, split)) throw py::value_error("the orders wait in a ring");
+    if (!Timer(model_).run(table)) throw py::value_error("the orders wait in a ring");
     return table;
   }
 
-  Timetable refill(Timetable table, bool split, bool keep) const {
+  Timetable refill(Timetable table, bool keep) const {
     MemoryChooser chooser(model_);
     for (i32 r = 0; r < model_.ranks; ++r) {
-      if (!chooser.run(table, r, split, keep)) throw py::value_error("the order does not fit");
+      if (!chooser.run(table, r, keep)) throw py::value_error("the order does not fit");
     }
-    if (!Timer(model_).run(table, split)) throw py::value_error("the orders wait in a ring");
+    if (!Timer(model_).run(table)) throw py::value_error("the orders wait in a ring");
     return table;
   }
 
@@ -145,7 +146,8 @@ PYBIND11_MODULE(_core, module) {
       .def_readonly("order", &Timetable::order)
       .def_readonly("start", &Timetable::start)
       .def_readonly("end", &Timetable::end)
-      .def_readonly("level", &Timetable::level);
+      .def_readonly("level", &Timetable::level)
+      .def_readonly("split", &Timetable::split);
 
   py::class_<Bounds>(module, "Bounds")
       .def_readonly("critical_path", &Bounds::critical_path)
@@ -174,15 +176,15 @@ PYBIND11_MODULE(_core, module) {
       .def("decode", &Core::decode, py::arg("policy"))
       .def("retime", &Core::retime, py::arg("order"), py::arg("level"), py::arg("split"))
       .def("search", &Core::run_search, py::arg("options"), py::arg("start"), py::arg("listener"))
-      .def("refill", &Core::refill, py::arg("table"), py::arg("split"), py::arg("keep"))
+      .def("refill", &Core::refill, py::arg("table"), py::arg("keep"))
       .def("latest",
-           [](const Core& core, const Timetable& table, bool split) {
+           [](const Core& core, const Timetable& table) {
              std::vector<i64> start;
-             Timer(core.model()).latest(table, split, start);
+             Timer(core.model()).latest(table, start);
              return start;
            })
-      .def("peak_memory", [](const Core& core, const Timetable& table,
-                             bool split) { return peak_memory(core.model(), table, split); })
+      .def("peak_memory", [](const Core& core,
+                             const Timetable& table) { return peak_memory(core.model(), table); })
       .def_property_readonly("level_begin",
                              [](const Core& core) { return core.model().level_begin; })
       .def_property_readonly("strategy", [](const Core& core) { return core.model().strategy; })

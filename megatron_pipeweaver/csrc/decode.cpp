@@ -63,6 +63,7 @@ void Decoder::reset() {
            policy_->key[op_of(m_.pass_begin[b], kForward)];
   });
   out_->makespan = 0;
+  out_->split = policy_->split;
   out_->order.resize(m_.ranks);
   for (auto& ops : out_->order) ops.clear();
   out_->start.assign(3 * static_cast<std::size_t>(m_.pairs), 0);
@@ -282,18 +283,25 @@ void Decoder::choose_weight(const Rank& state, Choice& forward, Choice& backward
 // Something of a lesser key is known to arrive soon: the rank waits for it.
 void Decoder::choose_held(const Rank& state, Choice& best) const {
   if (best.start == kNever) return;
-  const i64 until = best.start + policy_->hold;
+  const i64 from = best.start, until = best.start + policy_->hold;
+  bool held = false;  // only ops that arrive later tie-break among themselves
   const i32 waiting = static_cast<i32>(state.ready.size());
   for (i32 index = 0; index < waiting; ++index) {
     const Ready& item = state.ready[index];
-    if (item.arrive > until || item.arrive <= best.start || item.key >= best.key) continue;
+    if (item.arrive > until || item.arrive <= from || item.key > best.key) continue;
+    if (item.key == best.key &&
+        (!held || !better(item.arrive, 0, item.pair, best.start, 0, best.pair))) {
+      continue;
+    }
+    i32 level = 0;
     if (item.kind == kBackward) {
       if (policy_->in_order && !order_open(item.pair)) continue;
-      best = {item.arrive, item.key, item.pair, item.kind, 0, index};
     } else {
-      const i32 level = admit(item.pair);
-      if (level >= 0) best = {item.arrive, item.key, item.pair, item.kind, level, index};
+      level = admit(item.pair);
+      if (level < 0) continue;
     }
+    best = {item.arrive, item.key, item.pair, item.kind, level, index};
+    held = true;
   }
 }
 

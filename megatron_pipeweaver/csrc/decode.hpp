@@ -33,6 +33,7 @@ struct Timetable {
   std::vector<std::vector<i32>> order;  // per rank: its ops
   std::vector<i64> start, end;          // per op
   std::vector<i32> level;               // per stage pair
+  bool split = true;                    // weight gradients are ops of their own
 };
 
 // Reusable: holds the working memory of one thread.

@@ -7,9 +7,9 @@ namespace pipeweaver {
 MemoryChooser::MemoryChooser(const Model& model)
     : m_(model), from_(model.pairs, 0), until_(model.pairs, 0) {}
 
-bool MemoryChooser::run(Timetable& table, i32 rank, bool split, bool keep) {
+bool MemoryChooser::run(Timetable& table, i32 rank, bool keep) {
   const std::vector<i32>& ops = table.order[rank];
-  const i32 last = split ? kWeight : kBackward;
+  const i32 last = table.split ? kWeight : kBackward;
   i32 forwards = 0;
   pairs_.clear();
   for (const i32 op : ops) {

@@ -15,7 +15,7 @@ class MemoryChooser {
   // Sets the levels of rank `rank`'s stage pairs: from the leanest, faster levels in the order of
   // time saved per byte and per forward that passes while they are held, as long as they fit.
   // `keep` starts from the levels that `table` has. False if even those do not fit.
-  bool run(Timetable& table, i32 rank, bool split, bool keep);
+  bool run(Timetable& table, i32 rank, bool keep);
 
  private:
   struct Step {

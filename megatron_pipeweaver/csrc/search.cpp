@@ -23,7 +23,7 @@ struct Candidate {
   double cost = 1e300;
 };
 
-constexpr double kPortfolio = 0.3;  // of the time goes to recipes
+constexpr double kPortfolio = 0.6;  // of the time goes to recipes
 
 class Worker {
  public:
@@ -104,12 +104,13 @@ class Worker {
   void refill(Timetable& table) {
     spare_.order = table.order;
     spare_.level = table.level;
+    spare_.split = table.split;
     spare_.start.resize(table.start.size());
     spare_.end.resize(table.end.size());
     for (i32 r = 0; r < m_.ranks; ++r) {
-      if (!chooser_.run(spare_, r, options_.split, false)) return;
+      if (!chooser_.run(spare_, r, false)) return;
     }
-    if (!timer_.run(spare_, options_.split)) return;
+    if (!timer_.run(spare_)) return;
     if (cost(spare_) < cost(table)) {
       std::swap(table, spare_);
       offer(table);

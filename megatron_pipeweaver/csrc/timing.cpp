@@ -18,7 +18,7 @@ Timer::Timer(const Model& model) : m_(model), next_(model.ranks) {
   }
 }
 
-bool Timer::run(Timetable& table, bool split) {
+bool Timer::run(Timetable& table) {
   waits_ = waits_all_;
   ready_.assign(waits_.size(), 0);
   std::fill(next_.begin(), next_.end(), 0);
@@ -44,7 +44,7 @@ bool Timer::run(Timetable& table, bool split) {
       const i32 op = ops[next_[rank]++];
       const i32 pair = pair_of(op), pass = m_.pair_pass[pair];
       const i64 start = std::max(free[rank], ready_[op]);
-      const i64 end = start + m_.duration(op, table.level[pair], split);
+      const i64 end = start + m_.duration(op, table.level[pair], table.split);
       table.start[op] = start;
       table.end[op] = end;
       free[rank] = end;
@@ -61,7 +61,7 @@ bool Timer::run(Timetable& table, bool split) {
           tell(op_of(m_.pass_begin[m_.consumers.items[i]], kForward), reach);
         }
       } else if (kind_of(op) == kBackward) {
-        if (split) tell(op_of(pair, kWeight), end);
+        if (table.split) tell(op_of(pair, kWeight), end);
         if (pair > m_.pass_begin[pass]) {
           tell(op_of(pair - 1, kBackward), end + m_.hop(pass));
           continue;
@@ -78,7 +78,7 @@ bool Timer::run(Timetable& table, bool split) {
   return left == 0;
 }
 
-void Timer::latest(const Timetable& table, bool split, std::vector<i64>& latest) {
+void Timer::latest(const Timetable& table, std::vector<i64>& latest) {
   // Backwards in time; of ops that start at one instant, those that end later come first, and
   // instantaneous ones keep the order of their chain by the order of recording below.
   merged_.clear();
@@ -95,7 +95,7 @@ void Timer::latest(const Timetable& table, bool split, std::vector<i64>& latest)
   const auto before = [&](i32 op, i64 time) { latest[op] = std::min(latest[op], time); };
   for (const i32 op : merged_) {
     const i32 pair = pair_of(op), pass = m_.pair_pass[pair];
-    latest[op] -= m_.duration(op, table.level[pair], split);
+    latest[op] -= m_.duration(op, table.level[pair], table.split);
     const i64 start = latest[op];
     if (behind[op] >= 0) before(behind[op], start);
     if (kind_of(op) == kForward) {
@@ -125,7 +125,7 @@ void Timer::latest(const Timetable& table, bool split, std::vector<i64>& latest)
   }
 }
 
-std::vector<i64> peak_memory(const Model& model, const Timetable& table, bool split) {
+std::vector<i64> peak_memory(const Model& model, const Timetable& table) {
   std::vector<i64> peaks(model.ranks, 0);
   for (i32 r = 0; r < model.ranks; ++r) {
     i64 held = 0, now = 0;
@@ -140,7 +140,7 @@ std::vector<i64> peak_memory(const Model& model, const Timetable& table, bool sp
       if (kind_of(op) == kForward) {
         change(table.start[op], bytes);
         if (model.frozen(model.pair_pass[pair])) change(table.end[op], -bytes);
-      } else if (kind_of(op) == (split ? kWeight : kBackward)) {
+      } else if (kind_of(op) == (table.split ? kWeight : kBackward)) {
         change(table.end[op], -bytes);
       }
     }

@@ -14,11 +14,11 @@ class Timer {
 
   // Sets `start`, `end` and `makespan` of `table` from its `order` and `level`, every op as early
   // as it can; false if the orders wait for one another in a ring.
-  bool run(Timetable& table, bool split);
+  bool run(Timetable& table);
 
   // Per op of `table`, the latest start that keeps its orders and its makespan; `table` must be
   // as `run` or the decoder left it.
-  void latest(const Timetable& table, bool split, std::vector<i64>& start);
+  void latest(const Timetable& table, std::vector<i64>& start);
 
  private:
   const Model& m_;
@@ -32,6 +32,6 @@ class Timer {
 
 // The most memory each rank holds when `table` runs. What is taken and given back at one instant is
 // not held: intervals are half open, as in `ir.timeline`.
-std::vector<i64> peak_memory(const Model& model, const Timetable& table, bool split);
+std::vector<i64> peak_memory(const Model& model, const Timetable& table);
 
 }  // namespace pipeweaver

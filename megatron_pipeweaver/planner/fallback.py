@@ -24,11 +24,13 @@ def static_schedule(problem: Problem, config: SearchConfig) -> tuple[Schedule, M
         InfeasibleError: one microbatch alone, at its leanest strategies, does not fit.
     """
     native = NativeProblem(problem, in_order=config.deterministic)
-    tables = {name: best_level(native, build) for name, build in BASELINES.items()}
+    tables = {
+        name: best_level(native, build, split=config.split_weight_grad)
+        for name, build in BASELINES.items()
+    }
     best = min(tables.values(), key=lambda table: table.makespan)
     schedule = native.schedule(
         best,
-        split=False,
         lower_bound_ns=max(lower_bounds(native.core).values()),
         problem_sha256="",
     )

@@ -72,7 +72,10 @@ def solve(
     first_ns = time.perf_counter_ns() - started
     report = _Reporter(on_improvement)
     report(first.makespan, first_ns, 1, 0)
-    baselines = {name: best_level(native, build) for name, build in BASELINES.items()}
+    baselines = {
+        name: best_level(native, build, split=config.split_weight_grad)
+        for name, build in BASELINES.items()
+    }
     static = min(baselines.values(), key=lambda table: table.makespan)
     bounds = lower_bounds(native.core)
     options = _options(config)
@@ -85,12 +88,12 @@ def solve(
             makespan, before_ns + elapsed, count, thread
         ),
     )
-    best, split = outcome.best, config.split_weight_grad
+    best = outcome.best
     if static.makespan < best.makespan:
-        best, split = static, False
+        best = static
         report(best.makespan, time.perf_counter_ns() - started, outcome.evaluations, 0)
     schedule = native.schedule(
-        best, split=split, lower_bound_ns=max(bounds.values()), problem_sha256=problem_sha256
+        best, lower_bound_ns=max(bounds.values()), problem_sha256=problem_sha256
     )
     return SearchResult(
         schedule=schedule,

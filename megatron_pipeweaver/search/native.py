@@ -117,10 +117,8 @@ class NativeProblem:
         """How many levels each stage pair has."""
         return [after - before for before, after in pairwise(self.core.level_begin)]
 
-    def schedule(
-        self, table: Timetable, *, split: bool, lower_bound_ns: int, problem_sha256: str
-    ) -> Schedule:
-        """`table` as a `Schedule`; `split` tells whether it has weight-gradient ops."""
+    def schedule(self, table: Timetable, *, lower_bound_ns: int, problem_sha256: str) -> Schedule:
+        """`table` as a `Schedule`."""
         names = self._level_names(table.level)
         stage_keys = [(key, stage) for key, one in self.passes for stage in range(len(one.stages))]
         start, end = table.start, table.end
@@ -140,7 +138,7 @@ class NativeProblem:
             problem_sha256=problem_sha256,
             makespan_ns=table.makespan,
             lower_bound_ns=lower_bound_ns,
-            peak_memory_bytes=tuple(self.core.peak_memory(table, split)),
+            peak_memory_bytes=tuple(self.core.peak_memory(table)),
             ranks=ranks,
         )
 
