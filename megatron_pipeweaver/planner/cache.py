@@ -50,6 +50,10 @@ class RecentCache(Generic[_V]):
         while len(self._values) > self._size:
             self._values.popitem(last=False)
 
+    def values(self) -> tuple[_V, ...]:
+        """All values, the latest used last."""
+        return tuple(self._values.values())
+
     def drop(self, key: Hashable) -> None:
         """Forget `key`, if it is there."""
         self._values.pop(key, None)

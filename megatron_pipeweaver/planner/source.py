@@ -49,12 +49,12 @@ class PlanAnswer:
     """A plan as it goes to all ranks, and what the planning rank knows besides.
 
     `received` is the same plan, decoded, where that was done already; `planned` makes the problem
-    and the schedule behind it, which takes a while.
+    and the schedule behind it, which takes a while, where they are known.
     """
 
     data: bytes
     received: ReceivedPlan | None
-    planned: Callable[[], PlannedIteration]
+    planned: Callable[[], PlannedIteration | None]
 
 
 class PlanSource(Protocol):

@@ -1,0 +1,433 @@
+"""Planning beside training: a process that plans the next iteration while this one runs.
+
+    training   | iteration t ............................ | iteration t+1
+               |   request(t+1)               collect(t+1) |   request(t+2)
+    planner    |        |--- search --- plan ->|           |        |--- search ...
+
+`collect` waits no longer than a bound; then, or when the planner died, hung or answered with what
+is no plan for the batch, the iteration runs by the static plan made in this process, and training
+goes on. A planner that died or hung is started again, a bounded number of times, ever later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from megatron_pipeweaver.config import SECOND_NS
+from megatron_pipeweaver.errors import ConfigError, PipeWeaverError, PlanInvalidError
+from megatron_pipeweaver.ir.batch import BatchMetadata
+from megatron_pipeweaver.ir.codec import digest, problem_from_json, schedule_from_json, to_bytes
+from megatron_pipeweaver.ir.layout import ChunkLayout
+from megatron_pipeweaver.ir.problem import PassKey
+from megatron_pipeweaver.ir.trace import Trace
+from megatron_pipeweaver.partition.workload import loads
+from megatron_pipeweaver.planner.cache import PlanKey, RecentCache
+from megatron_pipeweaver.planner.child import PLANNER_COMMAND, Child, RestartPolicy, start_child
+from megatron_pipeweaver.planner.feedback import (
+    CorrectedCosts,
+    CorrectionRow,
+    Corrections,
+    stage_times,
+)
+from megatron_pipeweaver.planner.messages import (
+    Answer,
+    Failure,
+    Launch,
+    Learnt,
+    Measurement,
+    PlanRequest,
+    pack,
+    split_parts,
+    unpack,
+)
+from megatron_pipeweaver.planner.planner import PlannedIteration, batch_digest
+from megatron_pipeweaver.planner.settings import PlannerSettings, settings_to_json
+from megatron_pipeweaver.planner.source import PlanAnswer, PlanCounters
+from megatron_pipeweaver.planner.wire import ReceivedPlan, decode, encode
+
+_log = logging.getLogger(__name__)
+_OPEN_REQUESTS = 8
+_INTERVALS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackgroundConfig:
+    """How far training relies on its planner's process.
+
+    Training waits for a plan no longer than `wait_ns`. A planner that says nothing for `hang_ns`
+    beyond its search time counts as hung. `learn` has measured times correct the costs; `details`
+    has every answer bring its problem and schedule, for those who keep them.
+    """
+
+    wait_ns: int = 2 * SECOND_NS
+    hang_ns: int = 60 * SECOND_NS
+    restarts: RestartPolicy = field(default_factory=RestartPolicy)
+    cached_plans: int = 32
+    learn: bool = True
+    details: bool = False
+    memory_limit_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.wait_ns < 0 or self.hang_ns < 0:
+            raise ConfigError(
+                f"background planner: wait_ns={self.wait_ns}, hang_ns={self.hang_ns}; need >= 0"
+            )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Open:
+    """A request and what became of it."""
+
+    key: PlanKey
+    number: int
+    sent_ns: int
+    ahead: bool
+    parts: tuple[bytes, ...] | None = None
+    failure: str = ""
+
+
+class _NoPlanError(Exception):
+    """Why there is no searched plan, told in the log; the counters know already."""
+
+
+class BackgroundSource:
+    """Plans in a process of its own; a `PlanSource`.
+
+    Nothing starts before the first call of `start`, `request` or `collect`, so every rank may hold
+    one; only the planning rank's comes to life.
+
+    Args:
+        settings: the planner's.
+        config: how long to wait, and what for.
+        command: starts the process; the number of its socket is put behind it.
+        clock: monotonic nanoseconds.
+    """
+
+    def __init__(
+        self,
+        settings: PlannerSettings,
+        config: BackgroundConfig | None = None,
+        *,
+        command: Sequence[str] = PLANNER_COMMAND,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._settings = settings
+        self._config = config = config or BackgroundConfig()
+        self._command = tuple(command)
+        self._clock = clock
+        self._counters = PlanCounters()
+        self._static_costs = CorrectedCosts(settings.costs.make())
+        self._static = settings.make(self._static_costs)
+        self._open: RecentCache[_Open] = RecentCache(_OPEN_REQUESTS)
+        self._plans: RecentCache[PlanAnswer] = RecentCache(config.cached_plans)
+        self._intervals_ns: deque[int] = deque(maxlen=_INTERVALS)
+        self._errors_permille: list[int] = []
+        self._child: Child | None = None
+        self._may_start_ns: int | None = clock()
+        self._silent_since_ns: int | None = None
+        self._failures = 0
+        self._number = 0
+        self._learn(())
+
+    @property
+    def layout(self) -> ChunkLayout:
+        """Where the layers live that are planned for."""
+        return self._settings.layout
+
+    @property
+    def counters(self) -> PlanCounters:
+        """What became of the plans so far."""
+        return self._counters
+
+    @property
+    def errors_permille(self) -> tuple[int, ...]:
+        """Per measured iteration, the median error of the stage times it was planned with."""
+        return tuple(self._errors_permille)
+
+    @property
+    def process(self) -> int | None:
+        """The number of the planner's process, where one runs."""
+        return None if self._child is None else self._child.process.pid
+
+    def start(self) -> None:
+        """Start the process now, so that it is there when it is needed."""
+        self._ensure_child()
+
+    def request(self, batch: BatchMetadata, *, forward_only: bool) -> None:
+        """Have `batch` planned; returns at once and raises nothing."""
+        self._receive(0)
+        name = (batch_digest(batch), forward_only)
+        if self._open.get(name) is None and self._plans.get(self._key(*name)) is None:
+            self._send_request(batch, forward_only, ahead=True)
+
+    def collect(self, batch: BatchMetadata, *, forward_only: bool) -> PlanAnswer:
+        """The plan that was searched for `batch`, or else a static one.
+
+        Raises:
+            PipeWeaverError: there is no static plan either.
+        """
+        try:
+            answer = self._searched(batch, forward_only)
+        except _NoPlanError as reason:
+            self._count(static=1)
+            _log.warning("planner: %s; a static plan runs. %s", reason, self._counters)
+            return self._static_answer(batch, forward_only)
+        self._count(planned=1)
+        return answer
+
+    def observe(self, batch: BatchMetadata, *, forward_only: bool, trace: Trace) -> None:
+        """Have the planner learn from how long the stages of `batch` took."""
+        if self._config.learn:
+            times = stage_times(trace)
+            self._send(pack(Measurement(batch=batch, forward_only=forward_only, times=times)))
+
+    def close(self) -> None:
+        """End the process."""
+        self._may_start_ns = None
+        if self._child is not None:
+            self._child.leave()
+            self._child = None
+
+    # --- plans -----------------------------------------------------------------------------------
+
+    def _searched(self, batch: BatchMetadata, forward_only: bool) -> PlanAnswer:
+        """The searched plan for `batch`; raises `_NoPlanError` where there is none in time."""
+        asked_ns = self._clock()
+        self._receive(0)
+        name = (batch_digest(batch), forward_only)
+        found = self._open.get(name)
+        if found is not None and found.ahead:
+            self._intervals_ns.append(asked_ns - found.sent_ns)
+        if found is None:
+            cached = self._plans.get(self._key(*name))
+            if cached is not None:
+                self._count(cached=1)
+                return cached
+        # The process drops a request that a later one stands behind; then ask anew.
+        if found is None or (found.parts is None and found.number != self._number):
+            found = self._send_request(batch, forward_only, ahead=False)
+        try:
+            parts = self._await(found, asked_ns + self._config.wait_ns)
+        finally:
+            self._open.drop(name)
+        try:
+            answer = _read_answer(parts)
+            assert answer.received is not None
+            self._check(answer.received, batch, forward_only)
+        except PipeWeaverError as error:
+            self._fail(f"answered with what is no plan for the batch: {error}")
+            raise _NoPlanError("its answer is no plan for the batch") from error
+        self._plans.put(found.key, answer)
+        return answer
+
+    def _await(self, request: _Open, until_ns: int) -> tuple[bytes, ...]:
+        """The answer to `request`; raises `_NoPlanError` where none comes in time."""
+        while request.parts is None:
+            if request.failure:
+                self._count(failed=1)
+                raise _NoPlanError(request.failure)
+            if self._child is None:
+                raise _NoPlanError("it does not run")
+            left_ns = until_ns - self._clock()
+            if left_ns < 0:
+                self._count(late=1)
+                raise _NoPlanError(f"no plan within {self._config.wait_ns / 1e6:.0f} ms")
+            self._receive(left_ns)
+        return request.parts
+
+    def _check(self, received: ReceivedPlan, batch: BatchMetadata, forward_only: bool) -> None:
+        """Returns when `received` runs exactly the passes of `batch`."""
+        plan = received.plan.plan
+        settings = self._settings
+        counts: dict[tuple[int, str], int] = {}
+        for index, one in enumerate(batch.microbatches):
+            alone = BatchMetadata(microbatches=(one,))
+            for module, _ in loads(alone, settings.model, settings.sub_microbatch):
+                counts[index, module] = counts.get((index, module), 0) + 1
+        passes = {PassKey(*key, sub) for key, count in counts.items() for sub in range(count)}
+        found = (
+            received.batch_digest,
+            plan.forward_only,
+            plan.pipeline_size,
+            dict(plan.modules),
+            {one.key for one in plan.passes},
+        )
+        expected = (
+            batch_digest(batch),
+            forward_only,
+            self.layout.pipeline_size,
+            {one.module: one.segments for one in self.layout.modules},
+            passes,
+        )
+        if found != expected:
+            raise PlanInvalidError("the planner's plan is for another batch or model; ask again")
+
+    def _static_answer(self, batch: BatchMetadata, forward_only: bool) -> PlanAnswer:
+        planned = self._static.static_plan(batch, forward_only=forward_only)
+        data = encode(planned, batch_digest(batch))
+        return PlanAnswer(data=data, received=None, planned=lambda: planned)
+
+    def _key(self, batch: str, forward_only: bool) -> PlanKey:
+        return PlanKey(
+            batch_digest=batch, forward_only=forward_only, settings_digest=self._settings_digest
+        )
+
+    # --- talk ------------------------------------------------------------------------------------
+
+    def _send_request(self, batch: BatchMetadata, forward_only: bool, *, ahead: bool) -> _Open:
+        name = (batch_digest(batch), forward_only)
+        self._ensure_child()
+        self._number += 1
+        made = _Open(key=self._key(*name), number=self._number, sent_ns=self._clock(), ahead=ahead)
+        self._open.put(name, made)
+        self._send(
+            pack(
+                PlanRequest(
+                    number=made.number,
+                    batch=batch,
+                    forward_only=forward_only,
+                    budget_ns=self._budget_ns(ahead=ahead),
+                )
+            )
+        )
+        if self._silent_since_ns is None:
+            self._silent_since_ns = made.sent_ns
+        return made
+
+    def _budget_ns(self, *, ahead: bool) -> int:
+        """How long a search is of use: until training asks, as far as the past tells."""
+        most = self._settings.search.time_budget_ns
+        if not ahead:
+            return min(most, self._config.wait_ns // 2)
+        return min([most, *(3 * one // 4 for one in self._intervals_ns)])
+
+    def _send(self, data: bytes) -> None:
+        if self._child is None:
+            return
+        try:
+            self._child.channel.send(data)
+        except PipeWeaverError as error:
+            self._fail(f"ended ({error})")
+
+    def _receive(self, timeout_ns: int) -> None:
+        """Take in all that has come; waits up to `timeout_ns` for the first message."""
+        timeout_s = timeout_ns / SECOND_NS
+        try:
+            while self._child is not None:
+                data = self._child.channel.receive(timeout_s)
+                if data is None:
+                    break
+                self._take(data)
+                timeout_s = 0.0
+        except PipeWeaverError as error:
+            self._fail(f"ended ({error})")
+            return
+        silent = self._silent_since_ns
+        limit_ns = self._config.hang_ns + self._settings.search.time_budget_ns
+        if self._child is not None and silent is not None and self._clock() - silent > limit_ns:
+            self._fail("hangs")
+
+    def _take(self, data: bytes) -> None:
+        """One message of the planner."""
+        message, rest = unpack(data)
+        answered = False
+        if isinstance(message, Learnt):
+            self._errors_permille.append(message.error_permille)
+            _log.info("planner: stage times off by %.1f %%", message.error_permille / 10)
+            self._learn(message.rows)
+        elif isinstance(message, Answer | Failure):
+            answered = message.number == self._number
+            for one in self._open.values():
+                if one.number == message.number and isinstance(message, Answer):
+                    one.parts = split_parts(message.sizes, rest)
+                elif one.number == message.number and isinstance(message, Failure):
+                    one.failure = message.reason
+        if self._silent_since_ns is not None:
+            self._silent_since_ns = None if answered else self._clock()
+
+    def _learn(self, rows: Sequence[CorrectionRow]) -> None:
+        """Plan, and know plans again, by these corrections."""
+        corrections = Corrections(rows)
+        self._static_costs.corrections = corrections
+        self._settings_digest = digest(
+            settings_to_json(self._settings) + to_bytes(corrections.coarse())
+        )
+
+    # --- life ------------------------------------------------------------------------------------
+
+    def _ensure_child(self) -> None:
+        """Start the process where none runs and its time has come."""
+        due_ns = self._may_start_ns
+        if self._child is not None or due_ns is None or self._clock() < due_ns:
+            return
+        if self._failures:
+            self._count(restarted=1)
+        launch = Launch(
+            settings=self._settings,
+            rows=self._static_costs.corrections.rows,
+            details=self._config.details,
+            memory_limit_bytes=self._config.memory_limit_bytes,
+        )
+        try:
+            self._child = start_child(self._command)
+        except OSError as error:
+            self._fail(f"cannot be started ({error})")
+            return
+        self._send(pack(launch))
+
+    def _fail(self, what: str) -> None:
+        """The process is of no use any more: end it, and start another one later, if at all."""
+        code = None
+        if self._child is not None:
+            code = self._child.process.poll()
+            self._child.end()
+        self._child = None
+        self._silent_since_ns = None
+        self._open = RecentCache(_OPEN_REQUESTS)
+        self._failures += 1
+        self._count(failed=1)
+        delay_ns = self._config.restarts.delay_ns(self._failures)
+        self._may_start_ns = None if delay_ns is None else self._clock() + delay_ns
+        _log.warning(
+            "planner: its process %s, exit code %s; %s",
+            what,
+            code,
+            "static plans from now on" if delay_ns is None else "it will be started again",
+        )
+
+    def _count(self, **more: int) -> None:
+        now = {name: getattr(self._counters, name) + count for name, count in more.items()}
+        self._counters = dataclasses.replace(self._counters, **now)
+
+
+def _read_answer(parts: tuple[bytes, ...]) -> PlanAnswer:
+    """What the planner sent as it goes on from here.
+
+    Raises:
+        ConfigError: the bytes are damaged.
+        PlanInvalidError: the plan breaks a rule.
+    """
+    if not parts:
+        raise ConfigError("planner message: an answer without a plan")
+    received = decode(parts[0], "plan from the planner's process")
+    return PlanAnswer(
+        data=parts[0], received=received, planned=lambda: _read_details(received, parts[1:])
+    )
+
+
+def _read_details(received: ReceivedPlan, parts: tuple[bytes, ...]) -> PlannedIteration | None:
+    if len(parts) != 2:
+        return None
+    return PlannedIteration(
+        plan=received.plan,
+        problem=problem_from_json(parts[0]),
+        schedule=schedule_from_json(parts[1]),
+        baselines=received.baselines,
+        search_ns=received.search_ns,
+        origin=received.origin,
+    )

@@ -1,0 +1,141 @@
+"""What a training process and its planner say to each other: a line of JSON, then bytes.
+
+training ──► Launch, then PlanRequest and Measurement
+planner  ──► Ready, then Answer, Failure and Learnt
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.ir.batch import BatchMetadata
+from megatron_pipeweaver.ir.codec import to_bytes
+from megatron_pipeweaver.ir.json_reader import parse_json
+from megatron_pipeweaver.planner.codec import from_json, to_json
+from megatron_pipeweaver.planner.feedback import CorrectionRow, StageTime
+from megatron_pipeweaver.planner.settings import PlannerSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """Everything a planner's process starts from.
+
+    `rows` are the corrections that an earlier process learnt; with `details`, answers carry the
+    problem and the schedule behind a plan; `memory_limit_bytes` bounds the process's memory.
+    """
+
+    settings: PlannerSettings
+    rows: tuple[CorrectionRow, ...] = ()
+    details: bool = False
+    memory_limit_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """Plan `batch`, within `budget_ns`; the answer carries `number`."""
+
+    number: int
+    batch: BatchMetadata
+    forward_only: bool
+    budget_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """How long the stages of `batch` took."""
+
+    batch: BatchMetadata
+    forward_only: bool
+    times: tuple[StageTime, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The planner has read its settings."""
+
+    process: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The plan that `number` asked for.
+
+    Behind it come `sizes` bytes: the plan for the wire and, with details, problem and schedule.
+    """
+
+    number: int
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why there is no plan for `number`."""
+
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learnt:
+    """What measured times have taught.
+
+    `error_permille` is the median error of the stage times that the last measured plan was made
+    with; `rows` are the corrections from now on.
+    """
+
+    error_permille: int
+    rows: tuple[CorrectionRow, ...]
+
+
+Message = Launch | PlanRequest | Measurement | Ready | Answer | Failure | Learnt
+
+_KINDS: Mapping[str, type[Message]] = {
+    "launch": Launch,
+    "plan": PlanRequest,
+    "measured": Measurement,
+    "ready": Ready,
+    "answer": Answer,
+    "failure": Failure,
+    "learnt": Learnt,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+def pack(message: Message, *parts: bytes) -> bytes:
+    """`message` as bytes, `parts` behind it."""
+    head = to_bytes({"kind": _NAMES[type(message)], "value": to_json(message)})
+    return b"".join((head, *parts))
+
+
+def unpack(data: bytes) -> tuple[Message, bytes]:
+    """The message in `data`, and what stands behind it.
+
+    Raises:
+        ConfigError: the bytes are no message.
+    """
+    head, _, rest = data.partition(b"\n")
+    root = parse_json(head, "planner message").keys(frozenset({"kind", "value"}))
+    kind = root["kind"].text()
+    if kind not in _KINDS:
+        root["kind"].fail(f"is {kind!r}; it must be one of {sorted(_KINDS)}")
+    message: Message = from_json(root["value"], _KINDS[kind])
+    return message, rest
+
+
+def split_parts(sizes: tuple[int, ...], data: bytes) -> tuple[bytes, ...]:
+    """`data` cut into parts of these sizes.
+
+    Raises:
+        ConfigError: it is longer or shorter than they.
+    """
+    if sum(sizes) != len(data):
+        raise ConfigError(
+            f"planner message: {len(data)} bytes behind an answer of {sum(sizes)}; ask again"
+        )
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(data[start : start + size])
+        start += size
+    return tuple(parts)
