@@ -174,7 +174,8 @@ def evaluate(
         model=job.model,
         layout=cut.layout,
         costs=costs,
-        model_flops=batch_flops(job, heaviest, cut),
+        # All replicas take as long as the heaviest one, with what they have to do on average.
+        model_flops=sum(batch_flops(job, batch, cut) for batch in replicas) // parallel.data,
         reserve_bytes=reserve,
         optimizer=job.optimizer,
     )
