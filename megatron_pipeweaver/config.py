@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from megatron_pipeweaver.errors import ConfigError
 
 SECOND_NS = 1_000_000_000
+
+
+class Exploration(StrEnum):
+    """How the search walks through orders."""
+
+    FULL = "full"
+    """Recipes, then annealing: the default and the strongest."""
+    MCTS = "mcts"
+    """The paper's tree search over segment priorities (section 4.1)."""
+    DFS = "dfs"
+    """Sequences of segments in lexicographic order, for comparison."""
+    RANDOM = "random"
+    """Random sequences of segments, for comparison."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +30,10 @@ class SearchConfig:
     With one thread and a `max_rounds` the result depends on the problem and `seed` alone;
     `deterministic` asks that every stage runs its backwards in the order of microbatches and
     sub-microbatches, so that gradients accumulate in one order whatever the schedule.
-    `split_weight_grad` lets the search run weight gradients as ops of their own.
+    `split_weight_grad` lets the search run weight gradients as ops of their own; `choose_memory`
+    lets it choose each stage pair's strategy for the order found (paper section 4.3), else pairs
+    keep what they were scheduled with, for MCTS the leanest. `tree_alpha` and `tree_beta` are the
+    paper's alpha and beta, for MCTS.
     """
 
     time_budget_ns: int = SECOND_NS
@@ -25,6 +42,10 @@ class SearchConfig:
     max_rounds: int | None = None
     deterministic: bool = False
     split_weight_grad: bool = True
+    choose_memory: bool = True
+    exploration: Exploration = Exploration.FULL
+    tree_alpha: float = 2.0
+    tree_beta: float = 0.05
 
     def __post_init__(self) -> None:
         if self.time_budget_ns < 0:
