@@ -60,6 +60,10 @@ class SearchOptions:
     max_rounds: int
     split: bool
     in_order: bool
+    choose_memory: bool
+    exploration: int
+    tree_alpha: float
+    tree_beta: float
     def __init__(self) -> None: ...
 
 class SearchOutcome:

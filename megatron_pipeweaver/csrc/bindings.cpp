@@ -160,7 +160,11 @@ PYBIND11_MODULE(_core, module) {
       .def_readwrite("seed", &SearchOptions::seed)
       .def_readwrite("max_rounds", &SearchOptions::max_rounds)
       .def_readwrite("split", &SearchOptions::split)
-      .def_readwrite("in_order", &SearchOptions::in_order);
+      .def_readwrite("in_order", &SearchOptions::in_order)
+      .def_readwrite("choose_memory", &SearchOptions::choose_memory)
+      .def_readwrite("exploration", &SearchOptions::exploration)
+      .def_readwrite("tree_alpha", &SearchOptions::tree_alpha)
+      .def_readwrite("tree_beta", &SearchOptions::tree_beta);
 
   py::class_<SearchOutcome>(module, "SearchOutcome")
       .def_readonly("best", &SearchOutcome::best)

@@ -3,19 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <thread>
+#include <utility>
+
+#include "explore.hpp"
 
 namespace pipeweaver {
 
 namespace {
-
-// What all threads see.
-struct Shared {
-  std::mutex mutex;
-  SearchOutcome outcome;
-  std::atomic<i64> evaluations{0};
-  Clock::time_point begin;
-  Listener listener;
-};
 
 struct Candidate {
   Policy policy;
@@ -27,113 +21,31 @@ constexpr double kPortfolio = 0.6;  // of the time goes to recipes
 
 class Worker {
  public:
-  Worker(const Model& model, const std::vector<Alone>& alone, const SearchOptions& options,
-         Shared& shared, i32 thread)
-      : m_(model),
-        options_(options),
-        shared_(shared),
-        thread_(thread),
-        random_(options.seed * 1000003 + static_cast<std::uint64_t>(thread)),
-        kitchen_(model),
-        decoder_(model, alone),
-        timer_(model),
-        chooser_(model) {}
+  Worker(const Model& model, Evaluator& evaluator, Random& random)
+      : m_(model), evaluator_(evaluator), random_(random), kitchen_(model) {}
 
   void run() {
-    if (m_.pairs == 0) return;
-    Candidate current = portfolio();
-    anneal(std::move(current));
-    shared_.evaluations += evaluations_ - reported_;
+    if (m_.pairs > 0) anneal(portfolio());
   }
 
  private:
-  i64 elapsed() const {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - shared_.begin)
-        .count();
-  }
-  bool over() const {
-    if (options_.max_rounds >= 0 && rounds_ >= options_.max_rounds) return true;
-    return elapsed() >= options_.budget_ns;
-  }
-  // How far the search is, from 0 to 1.
-  double progress() const {
-    if (options_.max_rounds >= 0) {
-      return static_cast<double>(rounds_) / static_cast<double>(options_.max_rounds);
-    }
-    return static_cast<double>(elapsed()) / static_cast<double>(options_.budget_ns);
-  }
-
-  // The makespan, and a little of when each rank is done, so that progress shows on all ranks.
-  double cost(const Timetable& table) const {
-    double ends = 0;
-    for (const auto& ops : table.order) {
-      if (!ops.empty()) ends += static_cast<double>(table.end[ops.back()]);
-    }
-    return static_cast<double>(table.makespan) + 0.1 * ends / m_.ranks;
-  }
-
-  void offer(const Timetable& table) {
-    if (table.makespan >= best_) return;
-    best_ = table.makespan;
-    const std::lock_guard<std::mutex> lock(shared_.mutex);
-    SearchOutcome& outcome = shared_.outcome;
-    shared_.evaluations += evaluations_ - reported_;
-    reported_ = evaluations_;
-    if (table.makespan >= outcome.best.makespan) {
-      return;
-    }
-    outcome.best = table;
-    outcome.found_ns = elapsed();
-    outcome.thread = thread_;
-    outcome.rounds = rounds_;
-    if (shared_.listener) {
-      shared_.listener(table.makespan, outcome.found_ns, shared_.evaluations.load(), thread_);
-    }
-  }
-
-  // Decodes `policy`, then chooses the strategies anew for the order that came out.
-  void evaluate(const Policy& policy, Timetable& table, double worth_refilling) {
-    ++rounds_;
-    ++evaluations_;
-    decoder_.run(policy, table);
-    offer(table);
-    if (cost(table) > worth_refilling) return;
-    refill(table);
-  }
-
-  void refill(Timetable& table) {
-    spare_.order = table.order;
-    spare_.level = table.level;
-    spare_.split = table.split;
-    spare_.start.resize(table.start.size());
-    spare_.end.resize(table.end.size());
-    for (i32 r = 0; r < m_.ranks; ++r) {
-      if (!chooser_.run(spare_, r, false)) return;
-    }
-    if (!timer_.run(spare_)) return;
-    if (cost(spare_) < cost(table)) {
-      std::swap(table, spare_);
-      offer(table);
-    }
-  }
-
   // Decodes what `recipe` makes, with the strategies it chose fed back into the order.
   Candidate try_recipe(const Recipe& recipe, double best) {
     Candidate candidate;
-    candidate.policy = kitchen_.cook(recipe, options_.split, options_.in_order);
+    const SearchOptions& options = evaluator_.options();
+    candidate.policy = kitchen_.cook(recipe, options.split, options.in_order);
     Policy policy = candidate.policy;
     Timetable table;
     double last = 1e300;
     for (int again = 0; again < 5; ++again) {
-      evaluate(policy, table, 1e299);
-      const double found = cost(table);
+      const double found = evaluator_.run(policy, table, 1e299);
       if (found < candidate.cost) {
         candidate.cost = found;
         candidate.policy = policy;
         candidate.table = table;
       }
       if (again > 0 && (found >= last * 0.9995 || candidate.cost > best * 1.03)) break;
-      if (over()) break;
+      if (evaluator_.over()) break;
       last = found;
       policy.level = table.level;
     }
@@ -145,10 +57,10 @@ class Worker {
     Candidate best;
     Recipe favourite;
     const std::vector<Recipe> classics = Kitchen::classics(m_.ranks);
-    for (std::size_t i = 0; best.cost >= 1e300 || progress() < kPortfolio; ++i) {
-      if (best.cost < 1e300 && over()) break;
+    for (std::size_t i = 0; best.cost >= 1e300 || evaluator_.progress() < kPortfolio; ++i) {
+      if (best.cost < 1e300 && evaluator_.over()) break;
       const Recipe recipe = i < classics.size()
-                                ? classics[(i + thread_) % classics.size()]
+                                ? classics[(i + evaluator_.thread()) % classics.size()]
                                 : (random_.below(3) == 0 ? kitchen_.invent(random_)
                                                          : kitchen_.vary(favourite, random_));
       Candidate candidate = try_recipe(recipe, best.cost);
@@ -165,14 +77,13 @@ class Worker {
     Candidate best = current;
     Policy trial = current.policy;
     Timetable table;
-    while (!over()) {
-      const double done = progress();
+    while (!evaluator_.over()) {
+      const double done = evaluator_.progress();
       const double heat = 0.0002 * current.cost * std::pow(0.05, done);
       trial = current.policy;
       perturb(trial, current.table);
       const double limit = current.cost - heat * std::log(std::max(random_.unit(), 1e-12));
-      evaluate(trial, table, limit + 0.01 * current.cost);
-      const double found = cost(table);
+      const double found = evaluator_.run(trial, table, limit + 0.01 * current.cost);
       if (found > limit) continue;
       current.policy = trial;
       std::swap(current.table, table);
@@ -268,20 +179,22 @@ class Worker {
   }
 
   const Model& m_;
-  const SearchOptions& options_;
-  Shared& shared_;
-  i32 thread_;
-  Random random_;
+  Evaluator& evaluator_;
+  Random& random_;
   Kitchen kitchen_;
-  Decoder decoder_;
-  Timer timer_;
-  MemoryChooser chooser_;
-  Timetable spare_;
-  i64 rounds_ = 0;
-  i64 evaluations_ = 0;
-  i64 reported_ = 0;
-  i64 best_ = kNever;
 };
+
+// The paper's policy for exploration: the dual queue, anything admitted that fits.
+Policy plain_policy(const Model& model, const SearchOptions& options) {
+  Policy policy;
+  policy.key.assign(3 * static_cast<std::size_t>(model.pairs), 0);
+  policy.level.assign(model.pairs, 0);
+  policy.load.assign(model.microbatches, 1);
+  policy.release.assign(model.microbatches, 0);
+  policy.split = options.split;
+  policy.in_order = options.in_order;
+  return policy;
+}
 
 }  // namespace
 
@@ -292,11 +205,19 @@ SearchOutcome search(const Model& model, const std::vector<Alone>& alone,
   shared.outcome.best = start;
   shared.begin = Clock::now();
   shared.listener = listener;
+  Tree tree(Segments(model).count());
+  const auto work = [&](i32 thread) {
+    Random random(options.seed * 1000003 + static_cast<std::uint64_t>(thread));
+    Evaluator evaluator(model, alone, options, shared, thread);
+    if (static_cast<Exploration>(options.exploration) == Exploration::kFull) {
+      Worker(model, evaluator, random).run();
+    } else if (model.pairs > 0) {
+      explore(model, evaluator, random, tree, plain_policy(model, options));
+    }
+  };
   std::vector<std::thread> threads;
-  for (i32 t = 1; t < options.threads; ++t) {
-    threads.emplace_back([&, t] { Worker(model, alone, options, shared, t).run(); });
-  }
-  Worker(model, alone, options, shared, 0).run();
+  for (i32 t = 1; t < options.threads; ++t) threads.emplace_back(work, t);
+  work(0);
   for (std::thread& thread : threads) thread.join();
   shared.outcome.evaluations = shared.evaluations;
   return std::move(shared.outcome);

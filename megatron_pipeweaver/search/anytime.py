@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron_pipeweaver._core import SearchOptions, Timetable
-from megatron_pipeweaver.config import SearchConfig
+from megatron_pipeweaver.config import Exploration, SearchConfig
 from megatron_pipeweaver.ir.problem import Problem
 from megatron_pipeweaver.ir.schedule import Schedule
 from megatron_pipeweaver.search.baselines import BASELINES, best_level
@@ -133,6 +133,10 @@ def _options(config: SearchConfig) -> SearchOptions:
     options.max_rounds = -1 if config.max_rounds is None else config.max_rounds
     options.split = config.split_weight_grad
     options.in_order = config.deterministic
+    options.choose_memory = config.choose_memory
+    options.exploration = list(Exploration).index(config.exploration)
+    options.tree_alpha = config.tree_alpha
+    options.tree_beta = config.tree_beta
     return options
 
 
