@@ -31,6 +31,7 @@ from megatron_pipeweaver.semu.work import Operator, OperatorClass, Phase
 _SECOND_NS = 1_000_000_000
 _PERMILLE = 1000
 _SWEEPS = 2000
+_LEAST_NS = 2_000_000
 _BACKWARD = (Phase.INPUT_GRAD, Phase.WEIGHT_GRAD)
 
 
@@ -246,16 +247,23 @@ class _Stopwatch:
         return value.requires_grad_(True)
 
     def sample(self, operator: Operator, function: Callable[[], Any]) -> Sample:
-        """Median times of `function` and of the backward of its result."""
+        """Median times of `function` and of the backward of its result.
+
+        Short ones run several times between two looks at the clock.
+        """
         gradient = self.torch.randn_like(function())
+        start = self._now()
+        function()
+        loops = 1 + _LEAST_NS // max(1, self._now() - start)
         forwards, backwards = [], []
         for _ in range(self._repeats):
             start = self._now()
-            output = function()
+            outputs = [function() for _ in range(loops)]
             middle = self._now()
-            output.backward(gradient)
-            forwards.append(middle - start)
-            backwards.append(self._now() - middle)
+            for output in outputs:
+                output.backward(gradient)
+            forwards.append((middle - start) / loops)
+            backwards.append((self._now() - middle) / loops)
         return Sample(
             operator=operator,
             forward_ns=max(1, round(statistics.median(forwards))),

@@ -61,7 +61,7 @@ class AnalyticCostModel:
         disk: stage pairs of earlier runs; not together with `rules`, whose content is unknown.
 
     Raises:
-        ConfigError: `disk` and `rules` are both given.
+        ConfigError: `disk` and `rules` are both given, or the context-parallel size is not 1.
     """
 
     __slots__ = (
@@ -87,6 +87,11 @@ class AnalyticCostModel:
     ) -> None:
         if disk is not None and rules:
             raise ConfigError("cost model: own latency rules cannot be cached on disk; drop one")
+        if options.parallel.context > 1:
+            raise ConfigError(
+                f"cost model: context parallel size {options.parallel.context} is not emulated; "
+                "use 1"
+            )
         self.profile = profile
         self.options = options
         self.reuse = Reuse() if reuse is None else reuse

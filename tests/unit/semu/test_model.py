@@ -1,0 +1,143 @@
+import pytest
+
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.ir.cluster import ParallelSizes
+from megatron_pipeweaver.ir.lmm import LayerOptions, ModuleKind, ModuleSpec
+from megatron_pipeweaver.semu.architecture import layer_spec
+from megatron_pipeweaver.semu.devices import load_device
+from megatron_pipeweaver.semu.interface import Load, StageShape
+from megatron_pipeweaver.semu.layers import transformer_layer
+from megatron_pipeweaver.semu.model import AnalyticCostModel
+from megatron_pipeweaver.semu.options import Attention, RunOptions
+from megatron_pipeweaver.semu.strategies import LayerStrategy
+from megatron_pipeweaver.semu.work import Phase
+
+LOAD = Load(sequence=256, batch=2, lengths=(256, 256), output_tokens=128)
+MIDDLE = StageShape(layers=3, is_first=False, is_last=False)
+
+
+def _module(**more: object) -> ModuleSpec:
+    fields: dict[str, object] = {
+        "name": "one",
+        "kind": ModuleKind.VISION,
+        "layers": 8,
+        "hidden_size": 512,
+        "ffn_hidden_size": 2048,
+        "attention_heads": 8,
+        "kv_groups": 8,
+    }
+    return ModuleSpec(**{**fields, **more})  # type: ignore[arg-type]
+
+
+def _costs(**more: object) -> AnalyticCostModel:
+    parallel = ParallelSizes(pipeline=1)
+    options = {"parallel": parallel, **more}
+    return AnalyticCostModel(load_device("H100"), RunOptions(**options))  # type: ignore[arg-type]
+
+
+def test_recompute_holds_the_layers_inputs_and_pays_their_forward() -> None:
+    keep, recompute = _costs().stage_strategies(_module(), MIDDLE, LOAD)
+    assert recompute.memory_bytes == 3 * 512 * 512 * 2
+    assert recompute.backward_ns == keep.backward_ns + keep.forward_ns
+    assert recompute.weight_grad_ns == keep.weight_grad_ns
+
+
+def test_a_stage_without_layers_holds_what_it_is_given() -> None:
+    empty = StageShape(layers=0, is_first=False, is_last=False)
+    (keep,) = _costs().stage_strategies(_module(), empty, LOAD)
+    assert (keep.forward_ns, keep.backward_ns) == (0, 0)
+    assert keep.memory_bytes == 512 * 512 * 2
+
+
+def test_frozen_modules_have_no_weight_gradient() -> None:
+    (trained, _), (frozen, _) = (
+        _costs().stage_strategies(_module(frozen=flag), MIDDLE, LOAD) for flag in (False, True)
+    )
+    assert trained.weight_grad_ns > 0
+    assert frozen.weight_grad_ns == 0
+    assert frozen.backward_ns == trained.backward_ns
+
+
+def test_first_and_last_stages_do_more() -> None:
+    module = _module(patch_size=14, output_size=1024, projector_hidden_size=1024)
+    costs = _costs()
+    middle = costs.stage_strategies(module, MIDDLE, LOAD)[0]
+    ends = [
+        StageShape(layers=3, is_first=True, is_last=False),
+        StageShape(layers=3, is_first=False, is_last=True),
+    ]
+    for stage in ends:
+        one = costs.stage_strategies(module, stage, LOAD)[0]
+        assert one.forward_ns > middle.forward_ns
+        assert one.memory_bytes > middle.memory_bytes
+
+
+def test_packed_documents_attend_to_themselves_alone() -> None:
+    whole = Load(sequence=4096, batch=1, lengths=(4096,))
+    packed = Load(sequence=4096, batch=1, lengths=(1024,) * 4)
+    times = [
+        _costs().stage_strategies(_module(), MIDDLE, load)[0].forward_ns for load in (whole, packed)
+    ]
+    assert times[1] < times[0]
+    dense = [
+        _costs(attention=Attention.DENSE).stage_strategies(_module(), MIDDLE, load)[0].forward_ns
+        for load in (whole, packed)
+    ]
+    assert dense[0] == dense[1]
+
+
+def test_windowed_layers_cost_less_than_those_with_full_attention() -> None:
+    module = _module(layer=LayerOptions(window=64, full_attention_layers=(1,)))
+    load = Load(sequence=4096, batch=1, lengths=(4096,))
+    one, full = (
+        _costs().stage_strategies(
+            module, StageShape(layers=1, is_first=False, is_last=False, first_layer=layer), load
+        )[0]
+        for layer in (0, 1)
+    )
+    assert one.forward_ns < full.forward_ns
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_communication_hides_behind_weight_gradients(sequence_parallel: bool) -> None:
+    parallel = ParallelSizes(pipeline=1, tensor=4, sequence_parallel=sequence_parallel)
+    costs = _costs(parallel=parallel)
+    graph = transformer_layer(layer_spec(_module()), LOAD, costs.options)
+    cost = costs.graph_cost(graph)
+    one_after_another = sum(
+        costs.latency_ns(graph, phase) for phase in (Phase.INPUT_GRAD, Phase.WEIGHT_GRAD)
+    )
+    assert cost.backward_ns + cost.weight_grad_ns < one_after_another
+
+
+def test_one_queue_hides_nothing() -> None:
+    costs = _costs()
+    graph = transformer_layer(layer_spec(_module()), LOAD, costs.options)
+    cost = costs.graph_cost(graph)
+    assert cost.forward_ns == costs.latency_ns(graph, Phase.FORWARD)
+    assert cost.backward_ns == costs.latency_ns(graph, Phase.INPUT_GRAD)
+    assert cost.weight_grad_ns == costs.latency_ns(graph, Phase.WEIGHT_GRAD)
+    assert cost.working_bytes > 0
+
+
+def test_offloaded_layers_leave_the_device_and_hide_their_copies() -> None:
+    costs = AnalyticCostModel(
+        load_device("H100"),
+        RunOptions(),
+        strategies=(LayerStrategy.KEEP, LayerStrategy.OFFLOAD),
+    )
+    keep, offload = costs.stage_strategies(_module(), MIDDLE, LOAD)
+    assert offload.memory_bytes == 512 * 512 * 2
+    assert offload.memory_bytes < keep.memory_bytes
+    assert offload.forward_ns >= keep.forward_ns
+    assert offload.backward_ns > keep.backward_ns
+
+
+def test_larger_messages_take_longer() -> None:
+    costs = _costs()
+    assert 0 < costs.p2p_latency_ns(1) < costs.p2p_latency_ns(10**9)
+
+
+def test_context_parallelism_is_refused() -> None:
+    with pytest.raises(ConfigError, match="context parallel size 2 is not emulated"):
+        _costs(parallel=ParallelSizes(pipeline=1, context=2))
