@@ -73,11 +73,11 @@ def nnscaler_like_policy(problem: Problem, levels: list[int]) -> Policy:
 
     After Z. Lin et al., "nnScaler: Constraint-guided parallelization plan generation for deep
     learning training" (OSDI 2024), with the 1F1B planner: the plan is made once, for microbatches
-    that are all alike, so its order cannot look at what a microbatch holds: backwards first, then
-    the oldest microbatch, as many in flight as a pipeline of twice the ranks' number needs.
+    that are all alike, so its order and its number of microbatches in flight (ranks times segments)
+    do not depend on what this batch's microbatches hold; forwards and backwards by turns.
     """
-    made = policy(problem, levels, keys=Keys(enter=3), split=False)
-    made.load_limit = 2 * problem.pipeline_size
+    made = policy(problem, levels, keys=Keys(enter=3), split=False, alternate=True)
+    made.load_limit = _chain(problem)
     return made
 
 
@@ -86,11 +86,17 @@ def bigmac_like_policy(problem: Problem, levels: list[int]) -> Policy:
 
     After BigMac (2025): a microbatch's encoder forward runs right before its backbone forward and
     its encoder backward right after its backbone backward, so that few encoder activations are
-    alive: the oldest microbatch first, whatever the op, and no more in flight than ranks and one.
+    alive: the oldest microbatch first, whatever the op, and a new one only when nothing else can
+    run and no more are in flight than the chain of all chunks is long.
     """
     made = policy(problem, levels, keys=Keys(backward=1, forward=1, enter=2), split=False)
-    made.load_limit = problem.pipeline_size + 1
+    made.load_limit = _chain(problem)
     return made
+
+
+def _chain(problem: Problem) -> int:
+    """How many stages a microbatch goes through that uses every module once."""
+    return problem.pipeline_size * max(1, sum(problem.modules.values()))
 
 
 def zero_bubble_like_policy(problem: Problem, levels: list[int]) -> Policy:
