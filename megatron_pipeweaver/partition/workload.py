@@ -61,8 +61,8 @@ def make_workload(
         costs: times and memory of stage pairs.
         memory_capacity_bytes: bytes for activations, by pipeline rank.
         forward_only: evaluation; every pass is frozen.
-        parallel: tensor and sequence parallel sizes; where sequence parallelism is on, hidden
-            tensors hold a tensor-parallel share of the sequence (outputs hold all of it).
+        parallel: tensor and sequence parallel sizes; where sequence parallelism is on, the
+            backbone's hidden tensors hold a tensor-parallel share of the sequence.
         element_bytes: bytes of one element of the tensors that cross rank borders.
 
     Returns:
@@ -192,7 +192,9 @@ class _PassMaker:
                 )
 
     def _hidden_shape(self, module: ModuleSpec, load: Load) -> tuple[int, ...]:
-        return (-(-load.sequence // self._sequence_shards), load.batch, module.hidden_size)
+        # As in Megatron's LLaVA, sequence parallelism is the backbone's alone.
+        shards = self._sequence_shards if module is self._model.backbone else 1
+        return (-(-load.sequence // shards), load.batch, module.hidden_size)
 
     def _stages(
         self, module: ModuleSpec, cut: ModuleLayout, load: Load, frozen: bool

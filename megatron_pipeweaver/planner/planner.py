@@ -19,6 +19,7 @@ from megatron_pipeweaver.compiler.verify import verify
 from megatron_pipeweaver.config import SearchConfig
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.batch import BatchMetadata
+from megatron_pipeweaver.ir.cluster import ParallelSizes
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec
 from megatron_pipeweaver.ir.plan import ELEMENT_BYTES, VerifiedPlan
@@ -64,6 +65,7 @@ class Planner:
         memory_capacity_bytes: what each pipeline rank has for activations.
         dtypes: element type of the tensors that leave a module's stages, by module.
         search: how long and how hard to search.
+        parallel: tensor and sequence parallel sizes, on which the tensors' shapes depend.
         clock: monotonic nanoseconds.
 
     Raises:
@@ -80,6 +82,7 @@ class Planner:
         memory_capacity_bytes: Sequence[int],
         dtypes: Mapping[str, str],
         search: SearchConfig,
+        parallel: ParallelSizes | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.model = model
@@ -90,6 +93,7 @@ class Planner:
         self._dtypes = dict(dtypes)
         self._element_bytes = _widest(model, dtypes)
         self._search = search
+        self._parallel = parallel
         self._clock = clock
 
     def plan(
@@ -156,6 +160,7 @@ class Planner:
             self._costs,
             self._memory_capacity_bytes,
             forward_only=forward_only,
+            parallel=self._parallel,
             element_bytes=self._element_bytes,
         )
 

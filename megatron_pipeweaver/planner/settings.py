@@ -55,6 +55,7 @@ class PlannerSettings:
             memory_capacity_bytes=self.memory_capacity_bytes,
             dtypes=self.dtypes,
             search=self.search,
+            parallel=self.costs.options.parallel,
         )
 
     def with_threads(self, most: int) -> PlannerSettings:

@@ -187,11 +187,11 @@ def test_evaluation_has_forwards_alone() -> None:
     assert all(one.frozen for one in passes)
 
 
-def test_sequence_parallel_ranks_hand_on_their_share() -> None:
+def test_sequence_parallel_ranks_hand_on_their_share_of_the_backbones_sequence() -> None:
     parallel = ParallelSizes(pipeline=2, tensor=4, sequence_parallel=True)
     payloads = _workload(_images(1), parallel=parallel).payloads
     assert payloads[PassKey(0, "language", 0)].hidden_shape == (6, 1, 64)
-    assert payloads[PassKey(0, "vision", 0)].hidden_shape == (4, 1, 32)
+    assert payloads[PassKey(0, "vision", 0)].hidden_shape == (16, 1, 32)
     assert payloads[PassKey(0, "vision", 0)].output_shape == (4, 1, 64)
 
 
