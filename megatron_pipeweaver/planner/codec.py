@@ -32,6 +32,8 @@ def to_json(value: object) -> Any:
         return value.value
     if isinstance(value, bool | int | str):
         return value
+    if isinstance(value, float):
+        return repr(value)  # as text, which any reader gives back to the last bit
     if isinstance(value, tuple | list):
         return [to_json(one) for one in value]
     if isinstance(value, Mapping):
@@ -66,7 +68,15 @@ def _read(node: JsonNode, kind: Any) -> Any:
     return _READERS[kind](node)
 
 
-_READERS: Mapping[type, Callable[[JsonNode], bool | int | str]] = {
+def _read_float(node: JsonNode) -> float:
+    try:
+        return float(node.text())
+    except ValueError:
+        node.fail(f"is {node.text()!r}; it must be a number, as text")
+
+
+_READERS: Mapping[type, Callable[[JsonNode], bool | int | float | str]] = {
+    float: _read_float,
     bool: JsonNode.boolean,
     int: JsonNode.integer,
     str: JsonNode.text,

@@ -6,12 +6,15 @@ Started by ``scripts/quickstart.sh`` through torchrun; every rank runs this file
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # see megatron_pipeweaver.plugin.cpu
@@ -39,13 +42,13 @@ from megatron_pipeweaver.models.build import build_chunks
 from megatron_pipeweaver.models.options import ModelOptions
 from megatron_pipeweaver.models.parameters import initialize_by_name
 from megatron_pipeweaver.partition.offline import Partition, partition_model
-from megatron_pipeweaver.planner.planner import Planner
+from megatron_pipeweaver.planner.background import BackgroundConfig, BackgroundSource
+from megatron_pipeweaver.planner.settings import CostSettings, PlannerSettings
+from megatron_pipeweaver.planner.source import InProcessSource, PlanSource
 from megatron_pipeweaver.plugin.compat import default_pg_collection
 from megatron_pipeweaver.plugin.install import install, run_on_cpu, uninstall
 from megatron_pipeweaver.plugin.schedule import PipeWeaverSchedule
 from megatron_pipeweaver.semu.devices import load_device
-from megatron_pipeweaver.semu.interface import CostModel
-from megatron_pipeweaver.semu.model import AnalyticCostModel
 from megatron_pipeweaver.semu.options import Attention, RunOptions
 
 Batch = Mapping[str, Any]
@@ -72,6 +75,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=RECIPE.iterations)
     parser.add_argument("--search-seconds", type=float, default=RECIPE.search_seconds)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--foreground-planner",
+        action="store_true",
+        help="search before each iteration, instead of in a process of its own during the last one",
+    )
     return parser.parse_args()
 
 
@@ -80,8 +88,16 @@ def run(args: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     run_on_cpu()
-    costs = cost_model(dist.get_world_size())
-    partition = partition_model(model_spec(), dist.get_world_size(), costs, typical_microbatch())
+    costs = cost_settings(dist.get_world_size())
+    partition = partition_model(
+        model_spec(), dist.get_world_size(), costs.make(), typical_microbatch()
+    )
+    with contextlib.closing(make_source(args, costs, partition)) as source:
+        run_planned(args, partition, source)
+
+
+def run_planned(args: argparse.Namespace, partition: Partition, source: PlanSource) -> None:
+    """All that needs plans."""
     parallel_state.initialize_model_parallel(
         pipeline_model_parallel_size=dist.get_world_size(),
         virtual_pipeline_model_parallel_size=partition.layout.virtual_size,
@@ -91,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
     logbook = Logbook(args.output, args.iterations, MODULE)
     install(
         PipeWeaverSchedule(
-            make_planner(args, costs, partition),
+            source,
             lambda batch: batch["metadata"],
             gather_traces=True,
             on_iteration=logbook.record,
@@ -111,11 +127,31 @@ def run(args: argparse.Namespace) -> None:
             f"plans, traces and timelines: {args.output}/"
         )
     dist.barrier()
+    if plans_here():
+        print(f"plans: {source.counters}")
+        tell_of_errors(source)
 
 
 def is_last_rank() -> bool:
     """Whether this rank makes the loss, and so does the talking."""
     return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
+
+
+def plans_here() -> bool:
+    """Whether this rank makes the plans."""
+    return dist.get_rank() == 0
+
+
+def tell_of_errors(source: PlanSource) -> None:
+    """Say what the planner has learnt from measured times."""
+    if isinstance(source, BackgroundSource) and source.errors_permille:
+        errors = [one / 10 for one in source.errors_permille]
+        few = max(1, len(errors) // 4)
+        print(
+            "emulated against measured stage times, median error: "
+            f"{errors[0]:.1f} % in the first iteration, {median(errors[-few:]):.1f} % in the last "
+            f"{few}"
+        )
 
 
 def announce(partition: Partition) -> None:
@@ -130,11 +166,11 @@ def announce(partition: Partition) -> None:
 # --- planning ------------------------------------------------------------------------------------
 
 
-def cost_model(pipeline_size: int) -> CostModel:
+def cost_settings(pipeline_size: int) -> CostSettings:
     """SEMU for one CPU core a rank and Megatron's unfused layers in fp32."""
-    return AnalyticCostModel(
-        load_device("cpu"),
-        RunOptions(
+    return CostSettings(
+        device=load_device("cpu"),
+        options=RunOptions(
             parallel=ParallelSizes(pipeline=pipeline_size),
             attention=Attention.DENSE,
             element_bytes=4,
@@ -155,10 +191,23 @@ def typical_microbatch() -> MicrobatchMetadata:
     )
 
 
-def make_planner(args: argparse.Namespace, costs: CostModel, partition: Partition) -> Planner:
-    """The planner of the one pipeline."""
+def make_source(args: argparse.Namespace, costs: CostSettings, partition: Partition) -> PlanSource:
+    """The plans of the one pipeline; its planner's process starts while the model is built."""
+    settings = planner_settings(args, costs, partition)
+    if args.foreground_planner:
+        return InProcessSource(settings.make())
+    source = BackgroundSource(settings, BackgroundConfig(details=True))
+    if plans_here():
+        source.start()
+    return source
+
+
+def planner_settings(
+    args: argparse.Namespace, costs: CostSettings, partition: Partition
+) -> PlannerSettings:
+    """What plans are made from."""
     pipeline_size = partition.layout.pipeline_size
-    return Planner(
+    return PlannerSettings(
         model=model_spec(),
         layout=partition.layout,
         costs=costs,
@@ -239,6 +288,7 @@ def train(
 ) -> None:
     """All training iterations, with a progress line each."""
     run_iteration = get_forward_backward_func()
+    batches = microbatches(task, args.iterations)
     for iteration in range(args.iterations):
         for chunk in model:
             chunk.zero_grad_buffer()
@@ -247,7 +297,7 @@ def train(
             group["lr"] = learning_rate(iteration, args.iterations)
         outcomes = run_iteration(
             forward_step_func=forward_step,
-            data_iterator=[microbatches(task, iteration)] * len(model),
+            data_iterator=[batches] * len(model),
             model=model,
             num_microbatches=task.config.microbatches,
             seq_length=RECIPE.typical_sequence_length,
@@ -259,9 +309,9 @@ def train(
             print(logbook.progress(total / max(count, 1)), flush=True)
 
 
-def microbatches(task: DigitsTask, iteration: int) -> Iterator[Batch]:
-    """The microbatches of one iteration, with their metadata beside the tensors."""
-    for index in range(task.config.microbatches):
+def microbatches(task: DigitsTask, iterations: int) -> Iterator[Batch]:
+    """The microbatches of all iterations, with their metadata beside the tensors."""
+    for iteration, index in itertools.product(range(iterations), range(task.config.microbatches)):
         one = task.microbatch(iteration, index)
         yield {**one.tensors, "metadata": one.metadata}
 
