@@ -27,8 +27,9 @@ Kitchen::Kitchen(const Model& model)
   }
 }
 
-std::vector<i32> Kitchen::arrange(const Recipe& recipe) const {
-  std::vector<i32> order(m_.microbatches);
+void Kitchen::arrange(Recipe& recipe, Random& random) const {
+  std::vector<i32>& order = recipe.order;
+  order.resize(m_.microbatches);
   std::iota(order.begin(), order.end(), 0);
   const auto smaller = [&](i32 a, i32 b) { return work_[a] < work_[b]; };
   switch (recipe.arrangement) {
@@ -49,14 +50,34 @@ std::vector<i32> Kitchen::arrange(const Recipe& recipe) const {
       break;
     }
     case Arrangement::kShuffled: {
-      Random random(recipe.shuffle);
       for (std::size_t i = order.size(); i > 1; --i) {
         std::swap(order[i - 1], order[random.below(static_cast<i64>(i))]);
       }
       break;
     }
   }
-  return order;
+}
+
+// Two microbatches change places, one moves, or a stretch is turned round.
+void Kitchen::rearrange(Recipe& recipe, Random& random) const {
+  if (m_.microbatches < 2) return;
+  const i64 a = random.below(m_.microbatches), b = random.below(m_.microbatches);
+  const auto low = recipe.order.begin() + std::min(a, b);
+  const auto high = recipe.order.begin() + std::max(a, b);
+  switch (random.below(4)) {
+    case 0:
+      std::reverse(low, high + 1);
+      break;
+    case 1:
+      std::rotate(low, low + 1, high + 1);
+      break;
+    case 2:
+      std::rotate(low, high, high + 1);
+      break;
+    default:
+      std::iter_swap(low, high);
+      break;
+  }
 }
 
 Policy Kitchen::cook(const Recipe& recipe, bool split, bool in_order) const {
@@ -65,12 +86,8 @@ Policy Kitchen::cook(const Recipe& recipe, bool split, bool in_order) const {
   policy.in_order = in_order;
   policy.alternate = recipe.alternate;
   policy.patience = recipe.patience;
-  std::vector<i32> order(m_.microbatches);
-  if (in_order) {
-    std::iota(order.begin(), order.end(), 0);
-  } else {
-    order = arrange(recipe);
-  }
+  std::vector<i32> order = recipe.order;
+  if (in_order) std::iota(order.begin(), order.end(), 0);
   std::vector<i64> begin(m_.microbatches, 0);
   i64 total = 0;
   for (const i32 k : order) {
@@ -139,7 +156,7 @@ void Kitchen::change(Recipe& recipe, i32 what, Random& random) const {
       break;
     case 5:
       recipe.arrangement = static_cast<Arrangement>(random.below(5));
-      recipe.shuffle = random.next();
+      arrange(recipe, random);
       break;
     case 6:
       recipe.load = static_cast<Load>(random.below(3));
@@ -171,24 +188,37 @@ Recipe Kitchen::invent(Random& random) const {
 Recipe Kitchen::vary(Recipe recipe, Random& random) const {
   const i64 changes = 1 + random.below(2);
   for (i64 i = 0; i < changes; ++i) {
-    const i64 what = random.below(kChangeable + 2);
-    if (what == kChangeable) {
-      recipe.limit *= 0.8 + 0.45 * random.unit();
-    } else if (what == kChangeable + 1) {
-      recipe.slope += random.unit() - 0.5;
-    } else {
-      change(recipe, static_cast<i32>(what), random);
+    switch (random.below(8)) {
+      case 0:
+      case 1:
+        change(recipe, static_cast<i32>(random.below(kChangeable)), random);
+        break;
+      case 2:
+        recipe.limit *= 0.8 + 0.45 * random.unit();
+        break;
+      case 3:
+        recipe.slope += random.unit() - 0.5;
+        break;
+      case 4:
+        recipe.slope_backward += random.unit() - 0.5;
+        break;
+      default:
+        rearrange(recipe, random);
+        break;
     }
   }
   return recipe;
 }
 
-std::vector<Recipe> Kitchen::classics(i32 ranks) {
+std::vector<Recipe> Kitchen::classics() const {
+  const i32 ranks = m_.ranks;
+  Random random(0);
   std::vector<Recipe> recipes;
   const auto add = [&](auto set) {
     Recipe recipe;
     recipe.limit = 1.0 * ranks;
     set(recipe);
+    arrange(recipe, random);
     recipes.push_back(recipe);
   };
   add([&](Recipe& r) {

@@ -24,9 +24,10 @@ struct Recipe {
   double limit = 8;  // microbatches of average load in flight
   double pace = 0;   // of the average rate at which microbatches may start; 0: any
   i64 patience = 0;
-  double hold = 0;   // in average work of a microbatch on a rank
-  double level = 0;  // the fastest level at first: 0 the leanest, 1 the fastest
-  std::uint64_t shuffle = 0;
+  double hold = 0;            // in average work of a microbatch on a rank
+  double level = 0;           // the fastest level at first: 0 the leanest, 1 the fastest
+  double slope_backward = 0;  // added to `slope` for backwards and weight gradients
+  std::vector<i32> order;     // the microbatches in their arrangement; empty: not arranged yet
 };
 
 class Kitchen {
@@ -38,10 +39,11 @@ class Kitchen {
   // `recipe` with one or two of its numbers changed.
   Recipe vary(Recipe recipe, Random& random) const;
   // What is tried first: recipes that do well on many kinds of problems.
-  static std::vector<Recipe> classics(i32 ranks);
+  std::vector<Recipe> classics() const;
 
  private:
-  std::vector<i32> arrange(const Recipe& recipe) const;
+  void arrange(Recipe& recipe, Random& random) const;
+  void rearrange(Recipe& recipe, Random& random) const;
   void change(Recipe& recipe, i32 what, Random& random) const;
 
   const Model& m_;

@@ -17,6 +17,7 @@ struct Candidate {
   double cost = 1e300;
 };
 
+constexpr std::size_t kFavourites = 4;
 constexpr double kPortfolio = 0.6;  // of the time goes to recipes
 
 class Worker {
@@ -52,24 +53,45 @@ class Worker {
     return candidate;
   }
 
-  // Classic recipes, then new ones and variations of the best.
+  struct Favourite {
+    double cost;
+    Recipe recipe;
+  };
+
+  // Classic recipes, then new ones and variations of the few best.
   Candidate portfolio() {
     Candidate best;
-    Recipe favourite;
-    const std::vector<Recipe> classics = Kitchen::classics(m_.ranks);
+    std::vector<Favourite> favourites;
+    const std::vector<Recipe> classics = kitchen_.classics();
     for (std::size_t i = 0; best.cost >= 1e300 || evaluator_.progress() < kPortfolio; ++i) {
       if (best.cost < 1e300 && evaluator_.over()) break;
-      const Recipe recipe = i < classics.size()
-                                ? classics[(i + evaluator_.thread()) % classics.size()]
-                                : (random_.below(3) == 0 ? kitchen_.invent(random_)
-                                                         : kitchen_.vary(favourite, random_));
-      Candidate candidate = try_recipe(recipe, best.cost);
-      if (candidate.cost < best.cost) {
-        best = std::move(candidate);
-        favourite = recipe;
+      Recipe recipe;
+      if (i < classics.size()) {
+        recipe = classics[(i + evaluator_.thread()) % classics.size()];
+      } else if (random_.below(4) == 0) {
+        recipe = kitchen_.invent(random_);
+      } else {
+        // The better half of the time the best, else any of the favourites.
+        const i64 pick =
+            random_.below(2) == 0 ? 0 : random_.below(static_cast<i64>(favourites.size()));
+        recipe = kitchen_.vary(favourites[pick].recipe, random_);
       }
+      Candidate candidate = try_recipe(recipe, best.cost);
+      remember(favourites, {candidate.cost, recipe});
+      if (candidate.cost < best.cost) best = std::move(candidate);
     }
     return best;
+  }
+
+  static void remember(std::vector<Favourite>& favourites, Favourite one) {
+    const auto at = std::find_if(favourites.begin(), favourites.end(),
+                                 [&](const Favourite& other) { return one.cost < other.cost; });
+    if (std::any_of(favourites.begin(), favourites.end(),
+                    [&](const Favourite& other) { return one.cost == other.cost; })) {
+      return;
+    }
+    favourites.insert(at, std::move(one));
+    if (favourites.size() > kFavourites) favourites.pop_back();
   }
 
   void anneal(Candidate current) {
