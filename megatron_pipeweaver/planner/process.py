@@ -94,9 +94,8 @@ class PlanningDesk:
 
     def _plan(self, request: PlanRequest) -> bytes:
         self._costs.corrections = self.corrections
-        planner = self.settings.make(self._costs)
         try:
-            planned = planner.plan(
+            planned = self.settings.make(self._costs).plan(
                 request.batch, forward_only=request.forward_only, budget_ns=request.budget_ns
             )
         except MemoryError:

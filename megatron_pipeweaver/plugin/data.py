@@ -64,7 +64,7 @@ class BufferedIterator:
         self._source = source
         self._items: deque[Mapping[str, Any]] = deque()
         self._failure: Exception | None = None
-        self.taken = False
+        self.uses = 0
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         return self
@@ -106,7 +106,6 @@ class LookAhead:
 
     def __init__(self) -> None:
         self._buffers: list[tuple[object, BufferedIterator]] = []
-        self._again = False
 
     def take(self, data_iterator: DataIterator, count: int) -> list[Mapping[str, Any]] | list[None]:
         """As `pull_microbatches`, what was read ahead coming first."""
@@ -114,14 +113,14 @@ class LookAhead:
         if source is None:
             return [None] * count
         buffer = self._buffer(source)
-        self._again, buffer.taken = buffer.taken, True
+        buffer.uses += 1
         # Megatron's replaying iterator stands above the buffer, and must see every item itself.
         return pull_microbatches(source if _replays(source) else buffer, count)
 
     def peek(self, data_iterator: DataIterator, count: int) -> list[Mapping[str, Any]] | None:
         """What `take` would return next; `None` where that cannot be known."""
         source = _first_iterator(data_iterator)
-        if source is None or not self._again:
+        if source is None or self._buffer(source).uses < 2:
             return None
         return self._buffer(source).peek(count)
 

@@ -1,7 +1,7 @@
 """Models, cuts, costs and batches for the planner; nothing here needs torch."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_pipeweaver.config import SearchConfig
@@ -10,7 +10,10 @@ from megatron_pipeweaver.ir.layout import ChunkLayout, ModuleLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleKind, ModuleSpec
 from megatron_pipeweaver.ir.problem import Strategy
 from megatron_pipeweaver.planner.planner import Planner
+from megatron_pipeweaver.planner.settings import CostSettings, PlannerSettings
+from megatron_pipeweaver.semu.devices import load_device
 from megatron_pipeweaver.semu.interface import Load, StageShape
+from megatron_pipeweaver.semu.options import RunOptions
 
 IMAGE = Item(units=16, tokens=4)
 
@@ -125,4 +128,18 @@ def batch_of(*images: int, length: int = 32) -> BatchMetadata:
             )
             for count in images
         )
+    )
+
+
+def make_settings(*, capacity: int = 1 << 30, **search: Any) -> PlannerSettings:
+    """Settings of a planner for `vision_language` on two ranks, by SEMU for a CPU."""
+    model = vision_language()
+    return PlannerSettings(
+        model=model,
+        layout=even_cut(model, 2),
+        costs=CostSettings(device=load_device("cpu"), options=RunOptions.unfused()),
+        sub_microbatch={"vision": 2},
+        memory_capacity_bytes=(capacity,) * 2,
+        dtypes={"vision": "float32", "language": "float32"},
+        search=replace(QUICK, **search),
     )
