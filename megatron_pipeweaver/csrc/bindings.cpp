@@ -151,7 +151,8 @@ PYBIND11_MODULE(_core, module) {
 
   py::class_<Bounds>(module, "Bounds")
       .def_readonly("critical_path", &Bounds::critical_path)
-      .def_readonly("jackson", &Bounds::jackson);
+      .def_readonly("jackson", &Bounds::jackson)
+      .def_readonly("time_memory", &Bounds::time_memory);
 
   py::class_<SearchOptions>(module, "SearchOptions")
       .def(py::init<>())

@@ -9,7 +9,8 @@ namespace pipeweaver {
 
 struct Bounds {
   i64 critical_path = 0;
-  std::vector<i64> jackson;  // per rank
+  std::vector<i64> jackson;      // per rank
+  std::vector<i64> time_memory;  // per rank
 };
 
 // Per op, with every part of every stage pair at its shortest: the longest chain before it starts

@@ -50,8 +50,11 @@ Model::Model(const RawProblem& raw)
       const i32 pair = pass_begin.back() + s;
       pair_pass.push_back(p);
       pair_rank.push_back(s % ranks);
-      const i32 begin = raw.strategy_begin.at(pair);
-      for (const i32 at : pareto(raw, begin, raw.strategy_begin.at(pair + 1), frozen(p))) {
+      const i32 begin = raw.strategy_begin.at(pair), end = raw.strategy_begin.at(pair + 1);
+      for (const auto* times : {&raw.forward, &raw.backward, &raw.weight}) {
+        shortest.push_back(*std::min_element(times->begin() + begin, times->begin() + end));
+      }
+      for (const i32 at : pareto(raw, begin, end, frozen(p))) {
         strategy.push_back(at - begin);
         costs.push_back(
             {raw.forward.at(at), raw.backward.at(at), raw.weight.at(at), raw.memory.at(at)});
