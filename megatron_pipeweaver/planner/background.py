@@ -171,13 +171,15 @@ class BackgroundSource:
         Raises:
             PipeWeaverError: there is no static plan either.
         """
+        started_ns = self._clock()
         try:
             answer = self._searched(batch, forward_only)
         except _NoPlanError as reason:
-            self._count(static=1)
+            answer = self._static_answer(batch, forward_only)
+            self._count(static=1, waited_ns=self._clock() - started_ns)
             _log.warning("planner: %s; a static plan runs. %s", reason, self._counters)
-            return self._static_answer(batch, forward_only)
-        self._count(planned=1)
+        else:
+            self._count(planned=1, waited_ns=self._clock() - started_ns)
         return answer
 
     def observe(self, batch: BatchMetadata, *, forward_only: bool, trace: Trace) -> None:
@@ -214,7 +216,8 @@ class BackgroundSource:
         try:
             parts = self._await(found, asked_ns + self._config.wait_ns)
         finally:
-            self._open.drop(name)
+            if found.parts is not None or found.failure:  # else it may still come of use
+                self._open.drop(name)
         try:
             answer = _read_answer(parts)
             assert answer.received is not None
@@ -284,6 +287,8 @@ class BackgroundSource:
         self._ensure_child()
         self._number += 1
         made = _Open(key=self._key(*name), number=self._number, sent_ns=self._clock(), ahead=ahead)
+        if self._child is None:
+            return made
         self._open.put(name, made)
         self._send(
             pack(
@@ -295,7 +300,7 @@ class BackgroundSource:
                 )
             )
         )
-        if self._silent_since_ns is None:
+        if self._silent_since_ns is None and self._child is not None:
             self._silent_since_ns = made.sent_ns
         return made
 

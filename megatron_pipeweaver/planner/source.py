@@ -8,8 +8,9 @@ process of its own for that.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from megatron_pipeweaver.ir.batch import BatchMetadata
@@ -26,7 +27,8 @@ class PlanCounters:
     `planned` iterations ran a plan from the planner and `static` ones a static plan, because the
     planner was `late`, or had `failed` (died, hung, or answered with what is no plan for the
     batch), or could not be asked at all. `cached` counts those planned iterations whose plan was
-    there from an earlier one; `restarted` the planner's new starts.
+    there from an earlier one; `restarted` the planner's new starts. `waited_ns` is how long
+    training stood still for all of them together, with what it takes to verify them here.
     """
 
     planned: int = 0
@@ -35,12 +37,14 @@ class PlanCounters:
     late: int = 0
     failed: int = 0
     restarted: int = 0
+    waited_ns: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         return (
             f"{self.planned} iterations planned ({self.cached} from the cache), "
             f"{self.static} by static plans; planner late {self.late}, failed {self.failed}, "
-            f"restarted {self.restarted} times"
+            f"restarted {self.restarted} times; training waited "
+            f"{self.waited_ns / 1e6 / max(1, self.planned + self.static):.1f} ms per iteration"
         )
 
 
@@ -100,7 +104,7 @@ class InProcessSource:
 
     def __init__(self, planner: Planner) -> None:
         self.planner = planner
-        self._planned = 0
+        self._counters = PlanCounters()
 
     @property
     def layout(self) -> ChunkLayout:
@@ -110,15 +114,19 @@ class InProcessSource:
     @property
     def counters(self) -> PlanCounters:
         """What became of the plans so far."""
-        return PlanCounters(planned=self._planned)
+        return self._counters
 
     def request(self, batch: BatchMetadata, *, forward_only: bool) -> None:
         """Does nothing: there is nobody to plan meanwhile."""
 
     def collect(self, batch: BatchMetadata, *, forward_only: bool) -> PlanAnswer:
         """The plan, after the whole search."""
+        started_ns = time.monotonic_ns()
         planned = self.planner.plan(batch, forward_only=forward_only)
-        self._planned += 1
+        self._counters = PlanCounters(
+            planned=self._counters.planned + 1,
+            waited_ns=self._counters.waited_ns + time.monotonic_ns() - started_ns,
+        )
         return PlanAnswer(
             data=encode(planned, batch_digest(batch)), received=None, planned=lambda: planned
         )

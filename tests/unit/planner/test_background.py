@@ -230,6 +230,16 @@ def test_a_stopped_planner_is_late_then_replaced(sources):
     assert source.counters.failed == 1
 
 
+def test_a_plan_that_came_late_serves_the_same_batch_later(sources):
+    slow = "p.PlanningDesk.answer = lambda *given: time.sleep(0.3) or answer(*given)"
+    code = f"answer = p.PlanningDesk.answer\n{slow}"
+    source = sources(config=BackgroundConfig(wait_ns=50 * MS), command=patched(code))
+    assert source.collect(batch_of(1), forward_only=False).planned() is not None
+    time.sleep(2)
+    source.collect(batch_of(1), forward_only=False)
+    assert source.counters == PlanCounters(planned=1, static=1, late=1)
+
+
 def test_a_bug_in_one_batch_leaves_the_planner_alive(sources):
     code = "p.PlannerSettings.make = lambda *_: 1 / 0"
     source = sources(command=patched(code))
