@@ -26,13 +26,13 @@ def checked(problem: Problem, config: SearchConfig = QUICK) -> SearchResult:
     return result
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(problems())
 def test_every_schedule_is_valid(problem: Problem) -> None:
     checked(problem)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(problems(tight=True))
 def test_no_deadlock_at_the_tightest_memory(problem: Problem) -> None:
     checked(problem)
