@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import NoReturn, Protocol
 
 from megatron_pipeweaver import __version__
-from megatron_pipeweaver.cli import compare, show, solve, verify
+from megatron_pipeweaver.cli import calibrate, compare, emulate, show, solve, tune, verify
 from megatron_pipeweaver.errors import ConfigError, PipeWeaverError
 
 INTERRUPTED, READER_LEFT = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what shells report
@@ -37,6 +37,9 @@ VERBS: Mapping[str, Verb] = {
     "verify": verify,
     "compare": compare,
     "show": show,
+    "emulate": emulate,
+    "tune": tune,
+    "calibrate": calibrate,
 }
 
 
@@ -51,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs; `Namespace.verb` names the chosen one."""
     parser = _Parser(
         prog="pipeweaver",
-        description="Pipeline schedules for large multimodal models: solve, verify, compare, show.",
+        description="Pipeline schedules for large multimodal models, and what training steps take.",
     )
     parser.add_argument("--version", action="version", version=f"pipeweaver {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_pipeweaver.errors import ConfigError, InfeasibleError
@@ -11,21 +11,23 @@ from megatron_pipeweaver.ir.batch import BatchMetadata, MicrobatchMetadata
 from megatron_pipeweaver.ir.cluster import ParallelSizes
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec
-from megatron_pipeweaver.ir.problem import Problem
+from megatron_pipeweaver.ir.problem import PassKey, Problem
 from megatron_pipeweaver.ir.schedule import Schedule
 from megatron_pipeweaver.partition.offline import Partition, partition_model
 from megatron_pipeweaver.partition.workload import loads, make_workload
 from megatron_pipeweaver.semu.devices import DeviceProfile
-from megatron_pipeweaver.semu.interface import StageShape
+from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.memory import (
     OptimizerOptions,
     activation_capacity_bytes,
     rank_state_bytes,
 )
-from megatron_pipeweaver.semu.model import AnalyticCostModel
+from megatron_pipeweaver.semu.model import DEFAULT_STRATEGIES, AnalyticCostModel
 from megatron_pipeweaver.semu.options import RunOptions
 from megatron_pipeweaver.semu.reuse import Reuse
+from megatron_pipeweaver.semu.stages import module_stages
 from megatron_pipeweaver.semu.step import StepReport, emulate_step, training_flops
+from megatron_pipeweaver.semu.strategies import LayerStrategy
 
 Scheduler = Callable[[Problem], Schedule]
 """Makes a schedule; raises `InfeasibleError` where there is none."""
@@ -38,6 +40,8 @@ class Job:
     """What is trained on what: the part of a run that tuning does not change.
 
     `microbatches` are a typical global batch, dealt to the data-parallel replicas in turn.
+    `strategies` are the candidates of every layer; `sub_microbatch` and `segments` fix B_i and K_i
+    of the modules that they name.
     """
 
     model: ModelSpec
@@ -45,6 +49,9 @@ class Job:
     microbatches: tuple[MicrobatchMetadata, ...]
     options: RunOptions
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    strategies: tuple[LayerStrategy, ...] = DEFAULT_STRATEGIES
+    sub_microbatch: Mapping[str, int] = field(default_factory=dict)
+    segments: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,15 +112,18 @@ def tune(
     )
     shared = reuse or Reuse()
     found: list[Candidate] = []
+    refusals: list[str] = []
     for parallel in tried:
         try:
             found.append(evaluate(job, parallel, schedule, reuse=shared))
         except (InfeasibleError, ConfigError) as error:
+            refusals.append(str(error))
             _log.info("%s does not fit: %s", parallel, error)
     if not found:
         raise InfeasibleError(
             f"tune: none of {len(tried)} choices of parallel sizes for {ranks} ranks fits into "
             f"{job.device.spec.memory_bytes} bytes; use more ranks or a smaller model"
+            + (f" (the last one: {refusals[-1]})" if refusals else "")
         )
     return tuple(sorted(found, key=lambda one: one.report.iteration_ns))
 
@@ -144,9 +154,16 @@ def evaluate(
             f"{len(job.microbatches)} microbatches cannot be dealt to {parallel.data} replicas"
         )
     options = replace(job.options, parallel=parallel)
-    costs = AnalyticCostModel(job.device, options, reuse=reuse)
+    costs = AnalyticCostModel(job.device, options, reuse=reuse, strategies=job.strategies)
     typical = max(job.microbatches, key=lambda one: sum(map(len, one.items.values())))
-    cut = partition or partition_model(job.model, parallel.pipeline, costs, typical)
+    cut = partition or partition_model(
+        job.model,
+        parallel.pipeline,
+        costs,
+        typical,
+        sub_microbatch=job.sub_microbatch,
+        segments=job.segments,
+    )
     replicas = [
         BatchMetadata(microbatches=job.microbatches[index :: parallel.data])
         for index in range(parallel.data)
@@ -178,8 +195,21 @@ def evaluate(
         model_flops=sum(batch_flops(job, batch, cut) for batch in replicas) // parallel.data,
         reserve_bytes=reserve,
         optimizer=job.optimizer,
+        loads=_loads_by_pass(job, heaviest, cut),
     )
     return Candidate(parallel=parallel, partition=cut, report=report)
+
+
+def _loads_by_pass(job: Job, batch: BatchMetadata, partition: Partition) -> dict[PassKey, Load]:
+    found: dict[PassKey, Load] = {}
+    for index, one in enumerate(batch.microbatches):
+        alone = BatchMetadata(microbatches=(one,))
+        counts: dict[str, int] = {}
+        for name, load in loads(alone, job.model, partition.sub_microbatch):
+            sub = counts.get(name, 0)
+            counts[name] = sub + 1
+            found[PassKey(index, name, sub)] = load
+    return found
 
 
 def batch_flops(job: Job, batch: BatchMetadata, partition: Partition) -> int:
@@ -209,18 +239,12 @@ def working_bytes(
 
 def _stage_shapes(layout: ChunkLayout) -> Iterator[tuple[str, StageShape]]:
     seen = set()
-    for rank in range(layout.pipeline_size):
-        for place in layout.chunks_of_rank(rank):
-            shape = StageShape(
-                layers=place.layers,
-                is_first=place.is_first,
-                is_last=place.is_last,
-                first_layer=place.first_layer,
-            )
-            alike = (place.module, place.layers, place.is_first, place.is_last)
+    for cut in layout.modules:
+        for shape in module_stages(cut):
+            alike = (cut.module, shape.layers, shape.is_first, shape.is_last)
             if alike not in seen:
                 seen.add(alike)
-                yield place.module, shape
+                yield cut.module, shape
 
 
 def _divisors(number: int) -> tuple[int, ...]:

@@ -206,21 +206,50 @@ def operators_of(options: RunOptions, build: Callable[[Sketch], object]) -> Oper
     return sketch.operators[-1]
 
 
+_SIZES: Mapping[str, tuple[tuple[int, int], ...]] = {
+    "cpu": ((64, 128), (128, 256), (256, 256), (512, 256), (256, 512)),
+    "cuda": ((1024, 1024), (2048, 2048), (4096, 2048), (2048, 4096), (8192, 4096)),
+}
+
+
+def sizes_for(device: str) -> tuple[tuple[int, int], ...]:
+    """Rows and widths that `measure` takes on ``cpu`` or ``cuda`` unless it is given others."""
+    return _SIZES[device]
+
+
 def measure(
     device: str = "cpu",
     *,
-    sizes: Iterable[tuple[int, int]] = ((64, 128), (128, 256), (256, 256), (512, 256), (256, 512)),
+    sizes: Iterable[tuple[int, int]] | None = None,
     repeats: int = 7,
 ) -> list[Sample]:
     """Measure linears, norms, activations, sums, and attentions of ``rows x width`` inputs.
 
     Args:
         device: ``cpu`` (single precision, dense attention) or ``cuda`` (bf16, fused attention).
-        sizes: rows and widths.
+        sizes: rows and widths; `sizes_for` the device by default.
         repeats: runs per operator, of which the median counts.
+
+    On the CPU the calling process uses one thread meanwhile: one core is the device.
+
+    Raises:
+        ConfigError: there is no such device here.
     """
     import torch
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("calibration: this machine has no CUDA device; measure the cpu instead")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measure(torch, device, sizes_for(device) if sizes is None else sizes, repeats)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(
+    torch: Any, device: str, sizes: Iterable[tuple[int, int]], repeats: int
+) -> list[Sample]:
     options = RunOptions.unfused() if device == "cpu" else RunOptions()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     stopwatch = _Stopwatch(torch, device, dtype, repeats)

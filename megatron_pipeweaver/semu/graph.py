@@ -79,6 +79,10 @@ class Graph:
             if any(not 0 <= tensor < len(self.tensors) for tensor in one.reads + one.writes):
                 raise ConfigError(f"operator {one.name!r}: there is no such tensor node")
 
+    def busy_ns(self, queue: Queue) -> int:
+        """How long the operators of `queue`, over all ranks, take together."""
+        return sum(one.duration_ns for one in self.operators if one.device.queue is queue)
+
 
 class MemoryStep(NamedTuple):
     """From `time_ns` on, `held_bytes` are held."""

@@ -20,6 +20,20 @@ class OptimizerOptions:
     distributed: bool = True
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankState:
+    """Bytes that one rank holds from step to step."""
+
+    weight_bytes: int = 0
+    gradient_bytes: int = 0
+    optimizer_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All of them."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+
+
 def stage_parameters(module: ModuleSpec, stage: StageShape, options: RunOptions) -> int:
     """Parameters of one stage on one tensor-parallel rank."""
     units = module.patches_per_token
@@ -43,32 +57,45 @@ def rank_parameters(model: ModelSpec, layout: ChunkLayout, options: RunOptions) 
     return [sum(_chunk_parameters(model, layout, rank, options)) for rank in _ranks(layout)]
 
 
-def rank_state_bytes(
+def rank_states(
     model: ModelSpec,
     layout: ChunkLayout,
     options: RunOptions,
     optimizer: OptimizerOptions | None = None,
-) -> tuple[int, ...]:
-    """Bytes of weights, gradients and optimizer state by pipeline rank.
+) -> tuple[RankState, ...]:
+    """Weights, gradients and optimizer state by pipeline rank.
 
     Frozen modules have weights alone. A distributed optimizer spreads its state over the
     data-parallel ranks.
     """
     rule = optimizer or OptimizerOptions()
     replicas = options.parallel.data if rule.distributed else 1
-    totals = []
+    states = []
     for rank in _ranks(layout):
-        held = 0
+        weights = gradients = kept = 0
         for place, count in zip(
             layout.chunks_of_rank(rank),
             _chunk_parameters(model, layout, rank, options),
             strict=True,
         ):
-            held += count * options.element_bytes
+            weights += count * options.element_bytes
             if not model.module(place.module).frozen:
-                held += count * options.gradient_bytes + -(-count * rule.state_bytes // replicas)
-        totals.append(held)
-    return tuple(totals)
+                gradients += count * options.gradient_bytes
+                kept += -(-count * rule.state_bytes // replicas)
+        states.append(
+            RankState(weight_bytes=weights, gradient_bytes=gradients, optimizer_bytes=kept)
+        )
+    return tuple(states)
+
+
+def rank_state_bytes(
+    model: ModelSpec,
+    layout: ChunkLayout,
+    options: RunOptions,
+    optimizer: OptimizerOptions | None = None,
+) -> tuple[int, ...]:
+    """Bytes of weights, gradients and optimizer state together, by pipeline rank."""
+    return tuple(one.total_bytes for one in rank_states(model, layout, options, optimizer))
 
 
 def activation_capacity_bytes(

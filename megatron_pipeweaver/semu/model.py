@@ -31,7 +31,9 @@ class GraphCost:
     `backward_ns` holds input gradients and all that runs again, `weight_grad_ns` the weight
     gradients; their sum is the backward in one piece. `held_bytes` stay from the forward to the
     backward, on the device or, for `host_bytes`, in host memory, which takes `copy_ns` each way.
-    The peaks are those of this subgraph alone, what it holds included.
+    `exposed_forward_ns` and `exposed_backward_ns` are the parts of the forward and of the whole
+    backward in which compute waits for communication. The peaks are those of this subgraph alone,
+    what it holds included.
     """
 
     forward_ns: int
@@ -40,6 +42,8 @@ class GraphCost:
     held_bytes: int
     host_bytes: int
     copy_ns: int
+    exposed_forward_ns: int
+    exposed_backward_ns: int
     forward_peak_bytes: int
     backward_peak_bytes: int
 
@@ -136,6 +140,30 @@ class AnalyticCostModel:
             default=0,
         )
 
+    def exposed_ns(
+        self, module: ModuleSpec, stage: StageShape, load: Load, strategy: str, *, backward: bool
+    ) -> int:
+        """Time in which a stage's forward, or its backward in one piece, waits for other ranks.
+
+        Only links within the stage count (tensor, context and expert parallelism), not messages
+        between stages.
+        """
+        stage = canonical_stage(module, stage)
+        both = self.reuse.get(
+            (self._context, "exposed", module, stage, load, strategy),
+            lambda: self._exposed_both_ns(stage_parts(module, stage, load), strategy),
+        )
+        return both[backward]
+
+    def _exposed_both_ns(self, parts: tuple[Part, ...], strategy: str) -> tuple[int, int]:
+        forward_ns = backward_ns = 0
+        for part in parts:
+            chosen = LayerStrategy(strategy) if part.is_layer else LayerStrategy.KEEP
+            cost = self.part_cost(part, chosen)
+            forward_ns += part.copies * cost.exposed_forward_ns
+            backward_ns += part.copies * cost.exposed_backward_ns
+        return forward_ns, backward_ns
+
     def part_cost(self, part: Part, strategy: LayerStrategy = LayerStrategy.KEEP) -> GraphCost:
         """Times and memory of one copy of a part under one strategy."""
         return self.reuse.get(
@@ -159,8 +187,9 @@ class AnalyticCostModel:
         """Times and memory of one subgraph under one strategy, emulated anew."""
         again = recomputed(strategy, graph)
         latency = self._costs.latency_ns
-        forward = emulate(forward_graph(graph, latency, again))
-        backward = emulate(backward_graph(graph, latency, again))
+        forward_nodes = forward_graph(graph, latency, again)
+        backward_nodes = backward_graph(graph, latency, again)
+        forward, backward = emulate(forward_nodes), emulate(backward_nodes)
         # A backward in one piece takes what its graph takes; a weight gradient that runs apart
         # takes its operators' time.
         weight_grad_ns = sum(
@@ -176,6 +205,8 @@ class AnalyticCostModel:
             held_bytes=held - to_host,
             host_bytes=to_host,
             copy_ns=self._copy_ns(to_host),
+            exposed_forward_ns=forward.duration_ns - forward_nodes.busy_ns(Queue.COMPUTE),
+            exposed_backward_ns=backward.duration_ns - backward_nodes.busy_ns(Queue.COMPUTE),
             forward_peak_bytes=forward.peak_bytes(_MEMORY),
             backward_peak_bytes=backward.peak_bytes(_MEMORY),
         )

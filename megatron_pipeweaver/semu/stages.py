@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
+from itertools import accumulate
 from typing import NamedTuple
 
+from megatron_pipeweaver.ir.layout import ModuleLayout
 from megatron_pipeweaver.ir.lmm import ModuleKind, ModuleSpec
 from megatron_pipeweaver.semu.architecture import layer_groups, layer_spec
 from megatron_pipeweaver.semu.heads import (
@@ -44,6 +46,20 @@ class Part(NamedTuple):
     def build(self, options: RunOptions) -> Subgraph:
         """The subgraph, on one rank."""
         return self.make(*self.arguments, options)
+
+
+def module_stages(cut: ModuleLayout) -> tuple[StageShape, ...]:
+    """The stages that `cut` cuts a module into, in forward order."""
+    starts = accumulate(cut.layers, initial=0)
+    return tuple(
+        StageShape(
+            layers=layers,
+            is_first=stage == 0,
+            is_last=stage == len(cut.layers) - 1,
+            first_layer=first_layer,
+        )
+        for stage, (layers, first_layer) in enumerate(zip(cut.layers, starts, strict=False))
+    )
 
 
 def stage_parts(module: ModuleSpec, stage: StageShape, load: Load) -> tuple[Part, ...]:

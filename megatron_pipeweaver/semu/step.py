@@ -5,19 +5,26 @@ rank r | pipeline schedule | gradients: reduce-scatter | optimizer | weights: al
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.cluster import ParallelSizes
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleSpec
-from megatron_pipeweaver.ir.schedule import Schedule
+from megatron_pipeweaver.ir.problem import OpKind, PassKey
+from megatron_pipeweaver.ir.schedule import Schedule, ScheduledOp
 from megatron_pipeweaver.semu.interface import Load, StageShape
-from megatron_pipeweaver.semu.memory import OptimizerOptions, rank_parameters, rank_state_bytes
+from megatron_pipeweaver.semu.memory import (
+    OptimizerOptions,
+    RankState,
+    rank_parameters,
+    rank_states,
+)
 from megatron_pipeweaver.semu.model import AnalyticCostModel
 from megatron_pipeweaver.semu.operators import collective_work
 from megatron_pipeweaver.semu.options import RunOptions
-from megatron_pipeweaver.semu.stages import stage_parts
+from megatron_pipeweaver.semu.stages import module_stages, stage_parts
 from megatron_pipeweaver.semu.work import OperatorClass, Phase, Queue, Work
 
 _TRAINING_FACTOR = 3
@@ -29,6 +36,8 @@ _SECOND_NS = 1_000_000_000
 class StepReport:
     """One training step of one pipeline replica; per-rank numbers are by pipeline rank.
 
+    `exposed_ns` is communication within the rank's stages (tensor, context, expert parallelism)
+    that compute waits for, a part of `busy_ns`; all of `gradient_exchange_ns` is exposed too.
     `mfu` is model FLOPs over what all ranks of the replica could compute in `iteration_ns`.
     """
 
@@ -36,12 +45,18 @@ class StepReport:
     pipeline_ns: int
     busy_ns: tuple[int, ...]
     bubble_ns: tuple[int, ...]
+    exposed_ns: tuple[int, ...]
     gradient_exchange_ns: tuple[int, ...]
     optimizer_ns: tuple[int, ...]
-    state_bytes: tuple[int, ...]
+    states: tuple[RankState, ...]
     peak_bytes: tuple[int, ...]
     model_flops: int
     mfu: float
+
+    @property
+    def state_bytes(self) -> tuple[int, ...]:
+        """Weights, gradients and optimizer state together, by pipeline rank."""
+        return tuple(one.total_bytes for one in self.states)
 
 
 def emulate_step(
@@ -53,6 +68,7 @@ def emulate_step(
     model_flops: int,
     reserve_bytes: int = 0,
     optimizer: OptimizerOptions | None = None,
+    loads: Mapping[PassKey, Load] | None = None,
 ) -> StepReport:
     """The step that runs `schedule` and then exchanges gradients and updates weights.
 
@@ -67,13 +83,14 @@ def emulate_step(
         model_flops: see `forward_flops`; of one replica's share of the batch, training included.
         reserve_bytes: working memory on top of what stage pairs hold.
         optimizer: what it keeps.
+        loads: what passes work on; those that are not named expose no communication.
     """
     rule = optimizer or OptimizerOptions()
     options = costs.options
     parameters = rank_parameters(model, layout, options)
     exchange = tuple(_exchange_ns(count, costs, rule) for count in parameters)
     update = tuple(_optimizer_ns(count, costs, rule) for count in parameters)
-    states = rank_state_bytes(model, layout, options, rule)
+    states = rank_states(model, layout, options, rule)
     busy = tuple(sum(op.end_ns - op.start_ns for op in rank) for rank in schedule.ranks)
     if len(busy) != layout.pipeline_size:
         raise ConfigError(
@@ -86,16 +103,46 @@ def emulate_step(
         pipeline_ns=schedule.makespan_ns,
         busy_ns=busy,
         bubble_ns=tuple(schedule.makespan_ns - one for one in busy),
+        exposed_ns=_exposed_ns(schedule, model, layout, costs, loads or {}),
         gradient_exchange_ns=exchange,
         optimizer_ns=update,
-        state_bytes=states,
+        states=states,
         peak_bytes=tuple(
-            state + held + reserve_bytes
+            state.total_bytes + held + reserve_bytes
             for state, held in zip(states, schedule.peak_memory_bytes, strict=True)
         ),
         model_flops=model_flops,
         mfu=utilisation(model_flops, iteration, options.parallel, costs.profile.spec.flops),
     )
+
+
+def _exposed_ns(
+    schedule: Schedule,
+    model: ModelSpec,
+    layout: ChunkLayout,
+    costs: AnalyticCostModel,
+    loads: Mapping[PassKey, Load],
+) -> tuple[int, ...]:
+    """By rank, how long ops wait for the other ranks that share their stage.
+
+    A weight gradient that runs apart has no communication of its own: that of the whole backward
+    counts with the input gradient.
+    """
+    stages = {one.module: module_stages(one) for one in layout.modules}
+
+    def of(op: ScheduledOp) -> int:
+        key = op.key
+        if op.kind is OpKind.W or key.owner not in loads:
+            return 0
+        return costs.exposed_ns(
+            model.module(key.module),
+            stages[key.module][key.stage],
+            loads[key.owner],
+            op.strategy,
+            backward=op.kind is OpKind.B,
+        )
+
+    return tuple(sum(map(of, rank)) for rank in schedule.ranks)
 
 
 def utilisation(

@@ -1,0 +1,123 @@
+"""``pipeweaver emulate``: what a training step of a job takes, by emulation."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_pipeweaver.cli.job_files import load_job
+from megatron_pipeweaver.cli.search_flags import add_search_arguments, search_config
+from megatron_pipeweaver.compiler.check import check_schedule
+from megatron_pipeweaver.config import SearchConfig
+from megatron_pipeweaver.ir.cluster import ParallelSizes
+from megatron_pipeweaver.ir.problem import Problem
+from megatron_pipeweaver.ir.schedule import Schedule
+from megatron_pipeweaver.partition.offline import Partition
+from megatron_pipeweaver.partition.tune import Candidate, Job, Scheduler, evaluate
+from megatron_pipeweaver.search.anytime import solve
+from megatron_pipeweaver.view.report import format_table
+from megatron_pipeweaver.view.units import milliseconds, percent, size
+
+HELP = "emulate a training step of a job file: time, communication, memory and MFU"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("job", type=Path, help="a pipeweaver.job/1 file")
+    add_search_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Cut, schedule, emulate, print; the exit code."""
+    config = search_config(args)
+    file = load_job(args.job)
+    found = evaluate(file.job, file.parallel, searched(config))
+    print(f"{heading(file.job, file.parallel.world_size)}: {sizes(found.parallel)}")
+    print(f"{cut(found.partition)}\n")
+    print(f"{_totals(found)}\n\n{_times(found)}\n\n{_memory(found, file.job)}")
+    return 0
+
+
+def searched(config: SearchConfig) -> Scheduler:
+    """A scheduler that searches by `config` and checks what it found."""
+
+    def schedule(problem: Problem) -> Schedule:
+        found = solve(problem, config).schedule
+        check_schedule(problem, found)
+        return found
+
+    return schedule
+
+
+def heading(job: Job, ranks: int) -> str:
+    """``vlm-m on 64 H800, 64 microbatches``."""
+    return (
+        f"{job.model.name} on {ranks} {job.device.spec.name}, {len(job.microbatches)} microbatches"
+    )
+
+
+def sizes(parallel: ParallelSizes) -> str:
+    """``DP 8, TP 2, PP 4``, and CP and EP where they are not 1."""
+    named = {"DP": parallel.data, "TP": parallel.tensor, "PP": parallel.pipeline}
+    rare = {"CP": parallel.context, "EP": parallel.expert}
+    shown = named | {name: count for name, count in rare.items() if count > 1}
+    return ", ".join(f"{name} {count}" for name, count in shown.items())
+
+
+def cut(partition: Partition) -> str:
+    """Segments by module, and sub-microbatch sizes by encoder."""
+    segments = ", ".join(f"{one.module} {one.segments}" for one in partition.layout.modules)
+    items = ", ".join(f"{name} {count}" for name, count in partition.sub_microbatch.items())
+    return f"segments: {segments}; largest sub-microbatch: {items or 'no items'}"
+
+
+def _totals(found: Candidate) -> str:
+    step = found.report
+    return "\n".join(
+        [
+            f"iteration     {milliseconds(step.iteration_ns)} ({step.iteration_ns} ns)",
+            f"pipeline      {milliseconds(step.pipeline_ns)}",
+            f"peak memory   {size(max(step.peak_bytes))}",
+            f"MFU           {percent(step.mfu)}",
+        ]
+    )
+
+
+def _times(found: Candidate) -> str:
+    """By rank; what the tensor-parallel peers wait for is a part of busy."""
+    step = found.report
+    return format_table(
+        ["rank", "busy", "bubble", "exposed in stages", "gradient exchange", "optimizer"],
+        [
+            [str(rank), *map(milliseconds, times)]
+            for rank, times in enumerate(
+                zip(
+                    step.busy_ns,
+                    step.bubble_ns,
+                    step.exposed_ns,
+                    step.gradient_exchange_ns,
+                    step.optimizer_ns,
+                    strict=True,
+                )
+            )
+        ],
+    )
+
+
+def _memory(found: Candidate, job: Job) -> str:
+    step = found.report
+    return format_table(
+        ["rank", "weights", "gradients", "optimizer", "activations", "peak", "of"],
+        [
+            [
+                str(rank),
+                size(state.weight_bytes),
+                size(state.gradient_bytes),
+                size(state.optimizer_bytes),
+                size(peak - state.total_bytes),
+                size(peak),
+                size(job.device.spec.memory_bytes),
+            ]
+            for rank, (state, peak) in enumerate(zip(step.states, step.peak_bytes, strict=True))
+        ],
+    )

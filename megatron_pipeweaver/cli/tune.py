@@ -1,0 +1,61 @@
+"""``pipeweaver tune``: which parallel sizes train a job fastest on its ranks."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_pipeweaver.cli.emulate import cut, heading, searched
+from megatron_pipeweaver.cli.job_files import load_job
+from megatron_pipeweaver.cli.search_flags import add_search_arguments, search_config
+from megatron_pipeweaver.partition.tune import Candidate, tune
+from megatron_pipeweaver.view.report import format_table
+from megatron_pipeweaver.view.units import milliseconds, percent, size
+
+HELP = "rank the parallel sizes that fit a job file's ranks, fastest first"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("job", type=Path, help="a pipeweaver.job/1 file")
+    parser.add_argument(
+        "--top", type=int, metavar="N", help="print so many candidates (default: all that fit)"
+    )
+    add_search_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Try, rank, print; the exit code."""
+    config = search_config(args)
+    file = load_job(args.job)
+    found = tune(file.job, file.ranks, searched(config))
+    print(f"{heading(file.job, file.ranks)}: {len(found)} candidates fit\n")
+    print(_table(found[: args.top]))
+    print(f"\nthe first one has {cut(found[0].partition)}")
+    return 0
+
+
+def _table(found: tuple[Candidate, ...]) -> str:
+    best_ns = found[0].report.iteration_ns if found else 1
+    columns = ["rank", "DP", "TP", "PP", "segments", "B_i", "iteration", "/ best", "bubble"]
+    return format_table(
+        [*columns, "exchange", "peak memory", "MFU"],
+        [_row(place, one, best_ns) for place, one in enumerate(found, start=1)],
+    )
+
+
+def _row(place: int, one: Candidate, best_ns: int) -> list[str]:
+    step, sizes = one.report, one.parallel
+    ranks = len(step.busy_ns)
+    return [
+        str(place),
+        *(str(count) for count in (sizes.data, sizes.tensor, sizes.pipeline)),
+        " ".join(str(module.segments) for module in one.partition.layout.modules),
+        " ".join(map(str, one.partition.sub_microbatch.values())) or "-",
+        milliseconds(step.iteration_ns),
+        f"{step.iteration_ns / best_ns:.3f}",
+        percent(sum(step.bubble_ns) / (ranks * step.pipeline_ns) if step.pipeline_ns else 0.0),
+        milliseconds(max(step.gradient_exchange_ns)),
+        size(max(step.peak_bytes)),
+        percent(step.mfu),
+    ]
