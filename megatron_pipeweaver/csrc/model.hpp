@@ -66,7 +66,9 @@ struct Model {
   std::vector<i32> pair_pass, pair_rank;
   std::vector<i32> level_begin;  // stage pair -> its levels; pairs + 1 entries
   std::vector<Costs> costs;      // level -> its times and memory
-  std::vector<i32> strategy;     // level -> index of the strategy within its stage pair
+  // Op -> its least time under any strategy, kept as a level or not.
+  std::vector<i64> shortest;
+  std::vector<i32> strategy;  // level -> index of the strategy within its stage pair
 
   // Passes that follow one another at each stage when backwards keep the microbatch order: the
   // previous and next pass of the same module, -1 at the ends.

@@ -24,9 +24,9 @@ bounds the problem.
   at least the least sum of times over choices of strategies whose areas sum to capacity x T or
   less; letting strategies be mixed in fractions only lowers it, and then taking the steps of each
   pair's lower convex hull in the order of time saved per area is optimal (the linear
-  multiple-choice knapsack; E. Zemel, 1980). The rank can work only between the least head and the least tail of its
-  ops. T is ruled out while work, head and tail do not fit into T, and that holds for an interval
-  from 0 up, because all three shrink or stay as T grows.
+  multiple-choice knapsack; E. Zemel, 1980). The rank can work only between the least head and the
+  least tail of its ops. T is ruled out while work, head and tail do not fit into T, and that holds
+  for an interval from 0 up, because all three shrink or stay as T grows.
 """
 
 from __future__ import annotations
