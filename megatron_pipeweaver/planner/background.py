@@ -11,7 +11,6 @@ goes on. A planner that died or hung is started again, a bounded number of times
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections import deque
@@ -176,10 +175,10 @@ class BackgroundSource:
             answer = self._searched(batch, forward_only)
         except _NoPlanError as reason:
             answer = self._static_answer(batch, forward_only)
-            self._count(static=1, waited_ns=self._clock() - started_ns)
+            self._count(static=1, wait_ns=self._clock() - started_ns)
             _log.warning("planner: %s; a static plan runs. %s", reason, self._counters)
         else:
-            self._count(planned=1, waited_ns=self._clock() - started_ns)
+            self._count(planned=1, wait_ns=self._clock() - started_ns)
         return answer
 
     def observe(self, batch: BatchMetadata, *, forward_only: bool, trace: Trace) -> None:
@@ -406,8 +405,7 @@ class BackgroundSource:
         )
 
     def _count(self, **more: int) -> None:
-        now = {name: getattr(self._counters, name) + count for name, count in more.items()}
-        self._counters = dataclasses.replace(self._counters, **now)
+        self._counters = self._counters.plus(**more)
 
 
 def _read_answer(parts: tuple[bytes, ...]) -> PlanAnswer:

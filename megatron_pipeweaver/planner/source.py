@@ -8,16 +8,20 @@ process of its own for that.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from statistics import median
+from typing import Any, Protocol
 
 from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.trace import Trace
 from megatron_pipeweaver.planner.planner import PlannedIteration, Planner, batch_digest
 from megatron_pipeweaver.planner.wire import ReceivedPlan, encode
+
+_WAITS_KEPT = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +31,8 @@ class PlanCounters:
     `planned` iterations ran a plan from the planner and `static` ones a static plan, because the
     planner was `late`, or had `failed` (died, hung, or answered with what is no plan for the
     batch), or could not be asked at all. `cached` counts those planned iterations whose plan was
-    there from an earlier one; `restarted` the planner's new starts. `waited_ns` is how long
-    training stood still for all of them together, with what it takes to verify them here.
+    there from an earlier one; `restarted` the planner's new starts. `waits_ns` are how long
+    training stood still for the latest ones, with what it takes to read and verify them here.
     """
 
     planned: int = 0
@@ -37,15 +41,22 @@ class PlanCounters:
     late: int = 0
     failed: int = 0
     restarted: int = 0
-    waited_ns: int = field(default=0, compare=False)
+    waits_ns: tuple[int, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return (
             f"{self.planned} iterations planned ({self.cached} from the cache), "
             f"{self.static} by static plans; planner late {self.late}, failed {self.failed}, "
             f"restarted {self.restarted} times; training waited "
-            f"{self.waited_ns / 1e6 / max(1, self.planned + self.static):.1f} ms per iteration"
+            f"{median(self.waits_ns or (0,)) / 1e6:.1f} ms for a plan (median)"
         )
+
+    def plus(self, *, wait_ns: int | None = None, **more: int) -> PlanCounters:
+        """These counters with `more` on top, and with one more wait."""
+        now: dict[str, Any] = {name: getattr(self, name) + count for name, count in more.items()}
+        if wait_ns is not None:
+            now["waits_ns"] = (*self.waits_ns, wait_ns)[-_WAITS_KEPT:]
+        return dataclasses.replace(self, **now)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,10 +134,7 @@ class InProcessSource:
         """The plan, after the whole search."""
         started_ns = time.monotonic_ns()
         planned = self.planner.plan(batch, forward_only=forward_only)
-        self._counters = PlanCounters(
-            planned=self._counters.planned + 1,
-            waited_ns=self._counters.waited_ns + time.monotonic_ns() - started_ns,
-        )
+        self._counters = self._counters.plus(planned=1, wait_ns=time.monotonic_ns() - started_ns)
         return PlanAnswer(
             data=encode(planned, batch_digest(batch)), received=None, planned=lambda: planned
         )
