@@ -1,0 +1,129 @@
+"""Modules from megatron-core's ``TransformerConfig``, without importing megatron.
+
+A configuration says what layers are made of. What stands around them (vocabulary, patches,
+projector, kind of positions) is told by megatron-core's model classes, so callers name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.ir.lmm import ExpertOptions, LayerOptions, ModuleKind, ModuleSpec
+
+
+class LayerConfig(Protocol):
+    """What is read of a ``TransformerConfig``; both supported versions have all of it."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int | None
+    num_attention_heads: int
+    num_query_groups: int | None
+    kv_channels: int | None
+    gated_linear_unit: bool
+    normalization: str
+    add_bias_linear: bool
+    add_qkv_bias: bool
+    qk_layernorm: bool
+    num_moe_experts: int | None
+    moe_router_topk: int
+    moe_ffn_hidden_size: int | None
+    moe_shared_expert_intermediate_size: int | None
+    moe_layer_freq: int | list[int]
+
+
+_RMS_NORM = {"LayerNorm": False, "RMSNorm": True}
+
+# What would change a layer's costs and is not emulated, with the value that leaves it off. Not
+# every version of megatron-core has all of these; one that is not there is off.
+_NOT_EMULATED: Mapping[str, Any] = MappingProxyType(
+    {
+        "multi_latent_attention": False,
+        "window_size": None,
+        "attention_output_gate": False,
+        "experimental_attention_variant": None,
+        "linear_attention_freq": None,
+        "heterogeneous_block_specs": False,
+        "moe_latent_size": None,
+        "mtp_num_layers": None,
+    }
+)
+
+
+def module_from_config(
+    config: LayerConfig, *, name: str, kind: ModuleKind, rotary: bool = False, **around: Any
+) -> ModuleSpec:
+    """The module whose layers `config` describes.
+
+    Args:
+        config: megatron-core's ``TransformerConfig``, or anything with its fields.
+        name: of the module.
+        kind: of the module; says whether attention is causal.
+        rotary: whether layers turn queries and keys (``position_embedding_type`` of the model).
+        around: further fields of `ModuleSpec` that are not about its layers (``vocab_size``,
+            ``after``, ``patch_size``, ...), and ``positions`` for learned position embeddings.
+
+    Raises:
+        ConfigError: the configuration has a feature that is not emulated, or sizes do not fit.
+    """
+    for feature, off in _NOT_EMULATED.items():
+        value = getattr(config, feature, off)
+        if value != off:
+            raise ConfigError(
+                f"module {name!r}: {feature} is {value!r}, which is not emulated; use {off!r}"
+            )
+    if config.normalization not in _RMS_NORM:
+        raise ConfigError(
+            f"module {name!r}: normalization is {config.normalization!r}; "
+            f"emulated are {list(_RMS_NORM)}"
+        )
+    ffn_hidden_size = config.ffn_hidden_size or 4 * config.hidden_size
+    return ModuleSpec(
+        name=name,
+        kind=kind,
+        layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=ffn_hidden_size,
+        attention_heads=config.num_attention_heads,
+        kv_groups=config.num_query_groups or config.num_attention_heads,
+        gated_mlp=config.gated_linear_unit,
+        layer=LayerOptions(
+            head_size=config.kv_channels,
+            rms_norm=_RMS_NORM[config.normalization],
+            bias=config.add_bias_linear,
+            qkv_bias=config.add_bias_linear or config.add_qkv_bias,
+            rotary=rotary,
+            qk_norm=config.qk_layernorm,
+            experts=_experts(config, name, ffn_hidden_size),
+            positions=around.pop("positions", 0),
+        ),
+        **around,
+    )
+
+
+def _experts(config: LayerConfig, name: str, ffn_hidden_size: int) -> ExpertOptions | None:
+    if config.num_moe_experts is None:
+        return None
+    return ExpertOptions(
+        count=config.num_moe_experts,
+        active=config.moe_router_topk,
+        ffn_hidden_size=config.moe_ffn_hidden_size or ffn_hidden_size,
+        shared_ffn_hidden_size=config.moe_shared_expert_intermediate_size,
+        dense_layers=_dense_layers(config.moe_layer_freq, config.num_layers, name),
+    )
+
+
+def _dense_layers(pattern: int | Sequence[int], layers: int, name: str) -> int:
+    """How many layers keep an MLP, which must all stand in front of those with experts."""
+    if isinstance(pattern, int):
+        pattern = [int(layer % pattern == 0) for layer in range(layers)]
+    dense = len(pattern) - sum(pattern)
+    if len(pattern) != layers or list(pattern) != [0] * dense + [1] * (layers - dense):
+        raise ConfigError(
+            f"module {name!r}: moe_layer_freq says {list(pattern)}; emulated are experts in all "
+            "layers behind the first dense ones"
+        )
+    return dense
