@@ -1,11 +1,14 @@
 """How long emulating VLM-L's batch of 64 microbatches takes: cold, warm, and without reuse.
 
-python benchmarks/semu_speed/run.py
+python benchmarks/semu_speed/run.py [--workload-only]
+
+Times are processor times of one thread.
 """
 
 import os
 import platform
 import random
+import sys
 import time
 
 from megatron_pipeweaver.ir.batch import BatchMetadata, Item, MicrobatchMetadata
@@ -23,6 +26,7 @@ SETUP = setup_preset("vlm-l")
 IMAGE = Item(units=2704, tokens=169)
 SIZES = {"vision": 12}
 LAYOUT = make_layout(SETUP.model, 8, {"language": 2})
+WARM_RUNS = 50
 
 
 def batch() -> BatchMetadata:
@@ -55,12 +59,21 @@ def main() -> None:
     costs = AnalyticCostModel(device, options)
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     metadata = batch()
-    for label in ("cold", "warm", "warm", "warm"):
+    times = []
+    for _ in range(1 + WARM_RUNS):
         start = time.process_time_ns()
         make_workload(
             metadata, SETUP.model, LAYOUT, SIZES, costs, [60 << 30] * 8, parallel=SETUP.parallel
         )
-        print(f"{label}: {milliseconds(start):.1f} ms, hit rate {costs.reuse.hit_rate:.3f}")
+        times.append(milliseconds(start))
+    warm = sorted(times[1:])
+    print(f"cold: {times[0]:.1f} ms")
+    print(
+        f"warm, {WARM_RUNS} runs: median {warm[len(warm) // 2]:.2f} ms, fastest {warm[0]:.2f} ms, "
+        f"slowest {warm[-1]:.2f} ms"
+    )
+    if "--workload-only" in sys.argv:
+        return
     spent = {}
     for enabled in (True, False):
         start = time.process_time_ns()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from megatron_pipeweaver.errors import ConfigError
 
@@ -111,17 +111,19 @@ class Pass:
     frozen: bool = False
 
     def __post_init__(self) -> None:
-        where = f"pass {self.module!r} sub-microbatch {self.sub_microbatch}"
         if self.sub_microbatch < 0:
-            raise ConfigError(f"{where}: the sub-microbatch index must be >= 0")
+            self._fail(": the sub-microbatch index must be >= 0")
         if self.p2p_latency_ns < 0:
-            raise ConfigError(f"{where}: p2p_latency_ns is {self.p2p_latency_ns}; it must be >= 0")
+            self._fail(f": p2p_latency_ns is {self.p2p_latency_ns}; it must be >= 0")
         for stage, strategies in enumerate(self.stages):
             if not strategies:
-                raise ConfigError(f"{where}, stage {stage}: no strategy; give at least one")
+                self._fail(f", stage {stage}: no strategy; give at least one")
             names = [strategy.name for strategy in strategies]
             if len(set(names)) != len(names):
-                raise ConfigError(f"{where}, stage {stage}: strategy names repeat: {names}")
+                self._fail(f", stage {stage}: strategy names repeat: {names}")
+
+    def _fail(self, problem: str) -> NoReturn:
+        raise ConfigError(f"pass {self.module!r} sub-microbatch {self.sub_microbatch}{problem}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,11 +280,13 @@ class Problem:
         object.__setattr__(self, "graph", PassGraph(self.pipeline_size, self._nodes()))
 
     def _check_pass(self, index: int, one: Pass) -> None:
-        where = _pass_name(PassKey(index, one.module, one.sub_microbatch))
-        if one.module not in self.modules:
+        segments = self.modules.get(one.module)
+        if segments is None:
+            where = _pass_name(PassKey(index, one.module, one.sub_microbatch))
             raise ConfigError(f"{where}: no such module; `modules` has {list(self.modules)}")
-        expected = self.pipeline_size * self.modules[one.module]
+        expected = self.pipeline_size * segments
         if len(one.stages) != expected:
+            where = _pass_name(PassKey(index, one.module, one.sub_microbatch))
             raise ConfigError(
                 f"{where} has {len(one.stages)} stages; {self.pipeline_size} ranks x "
                 f"{self.modules[one.module]} segments make {expected}"

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.batch import BatchMetadata, Item, MicrobatchMetadata
 from megatron_pipeweaver.ir.cluster import ParallelSizes
-from megatron_pipeweaver.ir.layout import ChunkLayout, ModuleLayout
+from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleSpec
 from megatron_pipeweaver.ir.plan import PassPayload
 from megatron_pipeweaver.ir.problem import Microbatch, Pass, PassKey, Problem, Strategy
 from megatron_pipeweaver.partition.sub_microbatch import split
 from megatron_pipeweaver.semu.interface import CostModel, Load, StageShape
+from megatron_pipeweaver.semu.stages import canonical_stage, module_stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,14 +27,23 @@ class Workload:
     payloads: Mapping[PassKey, PassPayload]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Share:
-    """One pass before its costs: its item range, its load, its output's shape."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Work:
+    """What one or many passes work on: their load, their output's shape.
+
+    Equal work of one batch is one object.
+    """
+
+    load: Load
+    output_shape: tuple[int, ...]
+
+
+class _Share(NamedTuple):
+    """One pass before its costs: its item range, and what it works on."""
 
     start: int
     stop: int
-    load: Load
-    output_shape: tuple[int, ...]
+    work: _Work
 
 
 def make_workload(
@@ -123,17 +134,18 @@ def _check_names(
 
 
 class _PassMaker:
-    """Passes of one microbatch after another; equal ones are made once."""
+    """Passes of one microbatch after another; equal ones, and equal stages, are made once."""
 
     __slots__ = (
         "_costs",
         "_element_bytes",
         "_forward_only",
-        "_layout",
         "_made",
         "_model",
         "_sequence_shards",
-        "_sub_microbatch",
+        "_shapes",
+        "_sharing",
+        "_stages_of",
     )
 
     def __init__(
@@ -148,46 +160,53 @@ class _PassMaker:
         element_bytes: int,
     ) -> None:
         self._model = model
-        self._layout = layout
-        self._sub_microbatch = sub_microbatch
+        self._sharing = _Sharing(model, sub_microbatch)
+        self._shapes = {
+            cut.module: tuple(
+                canonical_stage(model.module(cut.module), stage) for stage in module_stages(cut)
+            )
+            for cut in layout.modules
+        }
         self._costs = costs
         self._forward_only = forward_only
         self._sequence_shards = sequence_shards
         self._element_bytes = element_bytes
-        self._made: dict[Hashable, Pass] = {}
+        self._made: dict[tuple[_Work, int, tuple[tuple[str, int], ...], bool], Pass] = {}
+        self._stages_of: dict[tuple[_Work, bool], tuple[tuple[Strategy, ...], ...]] = {}
 
     def passes(self, metadata: MicrobatchMetadata) -> Iterator[tuple[Pass, PassPayload]]:
         """Every pass of one microbatch with its payload, modules in forward order."""
         shares: dict[str, tuple[_Share, ...]] = {}
         frozen: dict[str, bool] = {}
-        for module, cut in zip(self._model.modules, self._layout.modules, strict=True):
+        for module in self._model.modules:
             present = [name for name in module.after if shares[name]]
-            shares[module.name] = _shares(self._model, module, metadata, self._sub_microbatch)
+            shares[module.name] = self._sharing.shares(module, metadata)
             frozen[module.name] = self._forward_only or (
                 module.frozen and all(frozen[name] for name in present)
             )
             after = tuple((name, sub) for name in present for sub in range(len(shares[name])))
-            for sub, share in enumerate(shares[module.name]):
-                hidden_shape = self._hidden_shape(module, share.load)
-                key = (module.name, sub, after, frozen[module.name], share.load)
-                if key not in self._made:
-                    self._made[key] = Pass(
+            for sub, (start, stop, work) in enumerate(shares[module.name]):
+                hidden_shape = self._hidden_shape(module, work.load)
+                key = (work, sub, after, frozen[module.name])
+                made = self._made.get(key)
+                if made is None:
+                    made = self._made[key] = Pass(
                         module=module.name,
                         sub_microbatch=sub,
                         after=after,
                         p2p_latency_ns=self._costs.p2p_latency_ns(
                             prod(hidden_shape) * self._element_bytes
                         ),
-                        stages=self._stages(module, cut, share.load, frozen[module.name]),
+                        stages=self._stages(module, work, frozen=frozen[module.name]),
                         frozen=frozen[module.name],
                     )
                 yield (
-                    self._made[key],
+                    made,
                     PassPayload(
-                        item_start=share.start,
-                        item_stop=share.stop,
+                        item_start=start,
+                        item_stop=stop,
                         hidden_shape=hidden_shape,
-                        output_shape=share.output_shape or hidden_shape,
+                        output_shape=work.output_shape or hidden_shape,
                     ),
                 )
 
@@ -197,77 +216,100 @@ class _PassMaker:
         return (-(-load.sequence // shards), load.batch, module.hidden_size)
 
     def _stages(
-        self, module: ModuleSpec, cut: ModuleLayout, load: Load, frozen: bool
+        self, module: ModuleSpec, work: _Work, *, frozen: bool
     ) -> tuple[tuple[Strategy, ...], ...]:
-        first_layer = 0
-        stages = []
-        for stage, layers in enumerate(cut.layers):
-            strategies = self._costs.stage_strategies(
-                module,
-                StageShape(
-                    layers=layers,
-                    is_first=stage == 0,
-                    is_last=stage == len(cut.layers) - 1,
-                    first_layer=first_layer,
-                ),
-                load,
-            )
-            stages.append((_forward_alone(strategies),) if frozen else strategies)
-            first_layer += layers
-        return tuple(stages)
+        found = self._stages_of.get((work, frozen))
+        if found is None:
+            shapes = self._shapes[module.name]
+            alike = {shape: self._strategies(module, shape, work, frozen) for shape in set(shapes)}
+            found = tuple(alike[shape] for shape in shapes)
+            self._stages_of[work, frozen] = found
+        return found
+
+    def _strategies(
+        self, module: ModuleSpec, shape: StageShape, work: _Work, frozen: bool
+    ) -> tuple[Strategy, ...]:
+        strategies = self._costs.stage_strategies(module, shape, work.load)
+        return (_forward_alone(strategies),) if frozen else strategies
 
 
 def loads(
     batch: BatchMetadata, model: ModelSpec, sub_microbatch: Mapping[str, int]
 ) -> Iterator[tuple[str, Load]]:
     """Module and load of every pass of `batch`, microbatch by microbatch."""
+    sharing = _Sharing(model, sub_microbatch)
     for metadata in batch.microbatches:
         for module in model.modules:
-            for share in _shares(model, module, metadata, sub_microbatch):
-                yield module.name, share.load
+            for share in sharing.shares(module, metadata):
+                yield module.name, share.work.load
 
 
-def _shares(
-    model: ModelSpec,
-    module: ModuleSpec,
-    metadata: MicrobatchMetadata,
-    sub_microbatch: Mapping[str, int],
-) -> tuple[_Share, ...]:
-    if module is model.backbone:
-        return (_whole(module, metadata),)
-    items = metadata.items.get(module.name, ())
-    return tuple(
-        _part(module, start, items[start:stop])
-        for start, stop in split(len(items), sub_microbatch[module.name])
-    )
+class _Sharing:
+    """The passes' shares of one microbatch after another; equal work is made once."""
+
+    __slots__ = ("_backbone", "_found", "_sub_microbatch")
+
+    def __init__(self, model: ModelSpec, sub_microbatch: Mapping[str, int]) -> None:
+        self._backbone = model.backbone
+        self._sub_microbatch = sub_microbatch
+        self._found: dict[Hashable, _Work] = {}
+
+    def shares(self, module: ModuleSpec, metadata: MicrobatchMetadata) -> tuple[_Share, ...]:
+        """One share per pass of `module` over `metadata`."""
+        if module is self._backbone:
+            return (_Share(0, metadata.samples, self._whole(module, metadata)),)
+        items = metadata.items.get(module.name, ())
+        return tuple(
+            _Share(start, stop, self._part(module, items[start:stop]))
+            for start, stop in split(len(items), self._sub_microbatch[module.name])
+        )
+
+    def _whole(self, module: ModuleSpec, metadata: MicrobatchMetadata) -> _Work:
+        # Tokens that are placed in the sequence itself are no context.
+        context: tuple[int, ...] = ()
+        if module.layer.context_size is not None:
+            context = tuple(
+                item.tokens
+                for name in module.after
+                for item in metadata.items.get(name, ())
+                if item.tokens
+            )
+        sizes = (metadata.sequence_length, metadata.samples, metadata.document_lengths, context)
+        key = (module.name, *sizes)
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = _whole(*sizes)
+        return found
+
+    def _part(self, module: ModuleSpec, items: tuple[Item, ...]) -> _Work:
+        alike = items.count(items[0]) == len(items)
+        key = (module.name, len(items), items[:1] if alike else items)
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = _part(module, items, alike=alike)
+        return found
 
 
-def _whole(module: ModuleSpec, metadata: MicrobatchMetadata) -> _Share:
+def _whole(
+    sequence: int, samples: int, documents: tuple[int, ...], context: tuple[int, ...]
+) -> _Work:
     """The backbone's pass: all samples; packed documents, and their padding, apart."""
-    lengths: tuple[int, ...] = (metadata.sequence_length,) * metadata.samples
-    if metadata.document_lengths:
-        padding = metadata.sequence_length * metadata.samples - sum(metadata.document_lengths)
-        lengths = metadata.document_lengths + ((padding,) if padding else ())
-    # Tokens that are placed in the sequence itself are no context.
-    context = tuple(
-        item.tokens
-        for name in module.after
-        for item in metadata.items.get(name, ())
-        if item.tokens and module.layer.context_size is not None
-    )
+    lengths = (sequence,) * samples
+    if documents:
+        padding = sequence * samples - sum(documents)
+        lengths = documents + ((padding,) if padding else ())
     load = Load(
-        sequence=metadata.sequence_length,
-        batch=metadata.samples,
+        sequence=sequence,
+        batch=samples,
         lengths=lengths,
-        output_tokens=metadata.sequence_length * metadata.samples,
+        output_tokens=sequence * samples,
         context_lengths=context,
     )
-    return _Share(start=0, stop=metadata.samples, load=load, output_shape=())
+    return _Work(load=load, output_shape=())
 
 
-def _part(module: ModuleSpec, start: int, items: tuple[Item, ...]) -> _Share:
+def _part(module: ModuleSpec, items: tuple[Item, ...], *, alike: bool) -> _Work:
     """A pass over some items: side by side when they are alike, else packed into one row."""
-    alike = len({(item.units, item.tokens) for item in items}) == 1
     rows = items[:1] if alike else items
     batch = len(items) if alike else 1
     tokens = sum(item.tokens for item in rows)
@@ -277,12 +319,7 @@ def _part(module: ModuleSpec, start: int, items: tuple[Item, ...]) -> _Share:
         lengths=tuple(item.units for item in items),
         output_tokens=tokens * batch,
     )
-    return _Share(
-        start=start,
-        stop=start + len(items),
-        load=load,
-        output_shape=(tokens, batch, module.output_size or module.hidden_size),
-    )
+    return _Work(load=load, output_shape=(tokens, batch, module.output_size or module.hidden_size))
 
 
 def _forward_alone(strategies: Sequence[Strategy]) -> Strategy:

@@ -103,4 +103,4 @@ def canonical_stage(module: ModuleSpec, stage: StageShape) -> StageShape:
         or options.tap_layers
         or options.experts is not None
     )
-    return stage if differ else replace(stage, first_layer=0)
+    return stage if differ or not stage.first_layer else replace(stage, first_layer=0)

@@ -5,7 +5,7 @@ import pytest
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.batch import BatchMetadata, Item, MicrobatchMetadata
 from megatron_pipeweaver.ir.cluster import ParallelSizes
-from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleKind, ModuleSpec
+from megatron_pipeweaver.ir.lmm import LayerOptions, ModelSpec, ModuleKind, ModuleSpec
 from megatron_pipeweaver.ir.problem import PassKey, Strategy
 from megatron_pipeweaver.partition.chunks import make_layout
 from megatron_pipeweaver.partition.workload import Workload, make_workload
@@ -212,3 +212,50 @@ def test_layout_of_another_model_is_refused() -> None:
     batch = BatchMetadata(microbatches=(_images(1),))
     with pytest.raises(ConfigError, match="not those of model 'small'"):
         make_workload(batch, MODEL, make_layout(other, 2, {}), {"vision": 1}, TokenCosts(), [1, 1])
+
+
+class CountingCosts(TokenCosts):
+    """Remembers which stages it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages: list[tuple[str, StageShape, Load]] = []
+
+    def stage_strategies(
+        self, module: ModuleSpec, stage: StageShape, load: Load
+    ) -> tuple[Strategy, ...]:
+        self.stages.append((module.name, stage, load))
+        return super().stage_strategies(module, stage, load)
+
+
+def test_equal_stages_of_equal_loads_are_asked_for_once() -> None:
+    one = MicrobatchMetadata(sequence_length=16, items={"vision": (IMAGE,) * 4})
+    costs = CountingCosts()
+    made = _workload(one, one, one, costs=costs)
+    assert len(costs.stages) == len(set(costs.stages))
+    first, *others = (
+        [found.stages for _, found in made.problem.passes() if found.module == name]
+        for name in ("vision", "language")
+    )
+    for stages in (first, *others):
+        assert len(stages) >= 3
+        assert all(one is stages[0] for one in stages)
+
+
+def test_stages_whose_layers_differ_are_asked_for_apart() -> None:
+    windowed = replace(VISION, layers=4, layer=LayerOptions(window=4, full_attention_layers=(1,)))
+    model = ModelSpec(name="windowed", modules=(windowed, LANGUAGE))
+    costs = CountingCosts()
+    layout = make_layout(model, 4, {})
+    make_workload(
+        BatchMetadata(
+            microbatches=(MicrobatchMetadata(sequence_length=16, items={"vision": (IMAGE,)}),)
+        ),
+        model,
+        layout,
+        {"vision": 2},
+        costs,
+        (0,) * 4,
+    )
+    asked = {stage.first_layer for name, stage, _ in costs.stages if name == "vision"}
+    assert asked == {0, 1, 2, 3}
