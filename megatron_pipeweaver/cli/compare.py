@@ -9,12 +9,10 @@ from megatron_pipeweaver.cli.files import load_problem
 from megatron_pipeweaver.cli.search_flags import add_search_arguments, search_config
 from megatron_pipeweaver.compiler.check import check_schedule
 from megatron_pipeweaver.search.anytime import solve
-from megatron_pipeweaver.search.baselines import encoders_first, interleaved_1f1b
+from megatron_pipeweaver.search.baselines import BASELINES, schedule
 from megatron_pipeweaver.view.report import ScheduleRow, comparison_table
 
 HELP = "compare the searched schedule of a problem file with the static ones"
-
-_BASELINES = {"interleaved 1F1B": interleaved_1f1b, "encoders first": encoders_first}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +26,14 @@ def run(args: argparse.Namespace) -> int:
     config = search_config(args)
     problem, _ = load_problem(args.problem)
     schedules = {"pipeweaver": solve(problem, config).schedule}
-    for name, build in _BASELINES.items():
-        schedules[name] = build(problem, in_order=config.deterministic)
-    for schedule in schedules.values():
-        check_schedule(problem, schedule)
+    for name in BASELINES:
+        static = schedule(problem, name, in_order=config.deterministic)
+        schedules[name.replace("_", " ")] = static
+    for one in schedules.values():
+        check_schedule(problem, one)
     print(
         comparison_table(
-            [ScheduleRow.of(name, schedule) for name, schedule in schedules.items()],
+            [ScheduleRow.of(name, one) for name, one in schedules.items()],
             lower_bound_ns=schedules["pipeweaver"].lower_bound_ns,
         )
     )

@@ -12,6 +12,7 @@ from megatron_pipeweaver.ir.codec import (
     schedule_to_json,
     trace_to_json,
 )
+from megatron_pipeweaver.search.baselines import BASELINES
 from tests.unit.cli.test_main import error_of
 from tests.unit.ir.examples import problem, trace
 
@@ -94,7 +95,7 @@ def test_compare_prints_a_table(problem_file, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["schedule", "makespan", "/", "bound", "bubble", "peak", "memory"]
     names = [line[:16].strip() for line in lines[2:]]
-    assert names == ["pipeweaver", "interleaved 1F1B", "encoders first"]
+    assert names == ["pipeweaver", *(name.replace("_", " ") for name in BASELINES)]
     ratios = [float(line[16:].split()[2]) for line in lines[2:]]
     assert 1 <= ratios[0] <= min(ratios[1:])
 
