@@ -7,7 +7,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -138,17 +138,18 @@ def all_static(found: PlanCounters) -> bool:
 FAULTS: dict[str, Fault] = {
     "none": Fault(
         config=patient(cached_plans=8),
-        # Two of the batches have the same metadata.
-        expected=lambda found: found == PlanCounters(planned=ITERATIONS, cached=1),
+        # Two of the batches have the same metadata; what is learnt in between decides the rest.
+        expected=lambda found: replace(found, cached=0) == PlanCounters(planned=ITERATIONS),
     ),
     "killed mid-search": Fault(
         send=signal.SIGKILL,
-        budget_ms=5_000,  # the first search ahead knows of no other limit
-        config=patient(wait_ns=4_000 * MS),
+        budget_ms=1_500,  # the first search ahead knows of no other limit
+        config=patient(),
+        # Whether the iteration after it waits for the new process depends on who sees it first.
         expected=lambda found: (
             (found.failed, found.restarted, found.late) == (1, 1, 0)
-            and found.static == 1
-            and found.planned == ITERATIONS - 1
+            and found.static in (0, 1)
+            and found.planned + found.static == ITERATIONS
         ),
     ),
     "hung": Fault(
@@ -217,7 +218,9 @@ def run_faults(ctx: RankContext, names: Sequence[str]) -> dict[str, Any]:
                 if iteration == 1 and fault.send and source.process is not None:
                     os.kill(source.process, fault.send)
 
-            schedule = PipeWeaverSchedule(source, describe, on_iteration=reports.append)
+            schedule = PipeWeaverSchedule(
+                source, describe, gather_traces=True, on_iteration=reports.append
+            )
             trainer = Trainer(CASE, groups)
             with installed(schedule):
                 theirs, their_weights = train(trainer, after)
@@ -230,6 +233,7 @@ def run_faults(ctx: RankContext, names: Sequence[str]) -> dict[str, Any]:
                 source.counters,
                 [one.received.origin.value for one in reports],
                 process is None or not is_running(process),
+                (len(source._intervals_ns), len(source.errors_permille)),
             )
             dist.barrier()
     return found
@@ -250,12 +254,15 @@ def test_training_goes_on_as_if_nothing_had_happened(names: list[str]) -> None:
     ranks = run_on_ranks(run_faults, RANKS, names, deadline_s=150)
     for name in names:
         for rank, found in enumerate(ranks):
-            equal, counters, origins, gone = found[name]
+            equal, counters, origins, gone, (ahead, measured) = found[name]
             assert equal, (name, rank)
             assert gone, (name, rank)
             assert origins == ranks[0][name][2], (name, rank)
             if rank == 0:
                 assert FAULTS[name].expected(counters), (name, str(counters))
                 assert origins.count("static") == counters.static, name
+                if name == "none":
+                    assert ahead >= ITERATIONS - 3, "the next batch was not planned ahead"
+                    assert measured >= ITERATIONS - 2, "nothing was learnt from the traces"
             else:
                 assert counters == PlanCounters(), "another rank than the planning one planned"
