@@ -103,7 +103,7 @@ class BackgroundSource:
     Args:
         settings: the planner's.
         config: how long to wait, and what for.
-        command: starts the process; the number of its socket is put behind it.
+        command: starts the process; the numbers of its socket and of this process follow.
         clock: monotonic nanoseconds.
     """
 

@@ -17,7 +17,7 @@ from megatron_pipeweaver.planner.channel import Channel
 
 # `-P` keeps the working directory from standing in front of the installed packages.
 PLANNER_COMMAND = (sys.executable, "-P", "-m", "megatron_pipeweaver.planner.process")
-"""Starts the planner; the number of the socket that it inherits follows."""
+"""Starts the planner; the socket that it inherits and the process that starts it follow."""
 
 _FAREWELL_S = 0.5
 
@@ -54,7 +54,7 @@ def start_child(command: Sequence[str] = PLANNER_COMMAND) -> Child:
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
     with theirs:
         process = subprocess.Popen(
-            [*command, str(theirs.fileno())],
+            [*command, str(theirs.fileno()), str(os.getpid())],
             pass_fds=[theirs.fileno()],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             stdin=subprocess.DEVNULL,

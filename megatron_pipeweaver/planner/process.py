@@ -1,6 +1,6 @@
 """The planner's own process: reads requests from a socket that it inherits, answers with plans.
 
-    python -m megatron_pipeweaver.planner.process SOCKET
+    python -m megatron_pipeweaver.planner.process SOCKET PARENT
 
 It loads neither torch nor megatron, runs at low priority on at most half of the cores, and never
 outlives the process that started it: a thread waits for the socket's end, and on Linux the kernel
@@ -130,7 +130,7 @@ class PlanningDesk:
 
 def main(arguments: list[str]) -> int:
     """The life of the process; returns its exit code."""
-    die_with_parent()
+    die_with_parent(int(arguments[1]))
     os.nice(NICENESS)
     with socket.socket(fileno=int(arguments[0])) as end:
         reader, writer = Channel(end.dup()), Channel(end.dup())
@@ -182,11 +182,10 @@ def limit_memory(limit_bytes: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it ends; Linux only."""
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when `parent`, which started it, ends; Linux only."""
     if sys.platform != "linux":
         return
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before
         os._exit(0)
