@@ -3,11 +3,11 @@
 #   benchmarks/semu_tune/run.sh > benchmarks/semu_tune/result.txt
 set -euo pipefail
 cd "$(dirname "$0")"
-echo "$(uname -m), $(nproc) cores, load $(cut -d ' ' -f 1 /proc/loadavg)"
+echo "$(uname -m), $(getconf _NPROCESSORS_ONLN) cores, load $(cut -d ' ' -f 1 /proc/loadavg)"
 job=vlm-m-64.json
 for verb in tune emulate; do
   echo
-  echo "\$ pipeweaver $verb $job --threads 2 --seed 0"
+  echo "\$ pipeweaver $verb $job --threads 2 --seed 0 --time-budget 0.5"
   TIMEFORMAT="took %R s (processor time %U s)"
-  time "${PYTHON:-python}" -m megatron_pipeweaver "$verb" "$job" --threads 2 --seed 0
+  time "${PYTHON:-python}" -m megatron_pipeweaver "$verb" "$job" --threads 2 --seed 0 --time-budget 0.5
 done 2>&1

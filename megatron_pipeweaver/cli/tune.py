@@ -8,7 +8,8 @@ from pathlib import Path
 from megatron_pipeweaver.cli.emulate import cut, heading, searched
 from megatron_pipeweaver.cli.job_files import load_job
 from megatron_pipeweaver.cli.search_flags import add_search_arguments, search_config
-from megatron_pipeweaver.partition.tune import Candidate, tune
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.partition.tune import Candidate, parallel_choices, tune
 from megatron_pipeweaver.view.report import format_table
 from megatron_pipeweaver.view.units import milliseconds, percent, size
 
@@ -21,6 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top", type=int, metavar="N", help="print so many candidates (default: all that fit)"
     )
+    parser.add_argument(
+        "--context",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="context-parallel sizes to try (default: 1 alone)",
+    )
     add_search_arguments(parser)
 
 
@@ -28,7 +37,18 @@ def run(args: argparse.Namespace) -> int:
     """Try, rank, print; the exit code."""
     config = search_config(args)
     file = load_job(args.job)
-    found = tune(file.job, file.ranks, searched(config))
+    if min(args.context) < 1:
+        raise ConfigError(f"tune: context-parallel size {min(args.context)}; need at least 1")
+    choices = tuple(
+        parallel_choices(
+            file.ranks,
+            len(file.job.microbatches),
+            file.job.device,
+            file.job.model,
+            sorted(set(args.context)),
+        )
+    )
+    found = tune(file.job, file.ranks, searched(config), choices=choices)
     print(f"{heading(file.job, file.ranks)}: {len(found)} candidates fit\n")
     print(_table(found[: args.top]))
     print(f"\nthe first one has {cut(found[0].partition)}")
@@ -37,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _table(found: tuple[Candidate, ...]) -> str:
     best_ns = found[0].report.iteration_ns if found else 1
-    columns = ["rank", "DP", "TP", "PP", "segments", "B_i", "iteration", "/ best", "bubble"]
+    columns = ["rank", "DP", "TP", "CP", "PP", "segments", "B_i", "iteration", "/ best", "bubble"]
     return format_table(
         [*columns, "exchange", "peak memory", "MFU"],
         [_row(place, one, best_ns) for place, one in enumerate(found, start=1)],
@@ -49,7 +69,7 @@ def _row(place: int, one: Candidate, best_ns: int) -> list[str]:
     ranks = len(step.busy_ns)
     return [
         str(place),
-        *(str(count) for count in (sizes.data, sizes.tensor, sizes.pipeline)),
+        *(str(count) for count in (sizes.data, sizes.tensor, sizes.context, sizes.pipeline)),
         " ".join(str(module.segments) for module in one.partition.layout.modules),
         " ".join(map(str, one.partition.sub_microbatch.values())) or "-",
         milliseconds(step.iteration_ns),

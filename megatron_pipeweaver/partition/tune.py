@@ -64,9 +64,13 @@ class Candidate:
 
 
 def parallel_choices(
-    ranks: int, microbatches: int, profile: DeviceProfile, model: ModelSpec
+    ranks: int,
+    microbatches: int,
+    profile: DeviceProfile,
+    model: ModelSpec,
+    contexts: Sequence[int] = (1,),
 ) -> Iterator[ParallelSizes]:
-    """Every DP x TP x PP that fills `ranks`.
+    """Every DP x TP x PP that fills `ranks`, with each of the context-parallel sizes `contexts`.
 
     Tensor-parallel ranks share the fast link and divide every module's heads; every replica has a
     microbatch.
@@ -77,12 +81,19 @@ def parallel_choices(
             for module in model.modules
         ):
             continue
-        for pipeline in _divisors(ranks // tensor):
-            data = ranks // tensor // pipeline
-            if microbatches % data == 0:
-                yield ParallelSizes(
-                    pipeline=pipeline, tensor=tensor, data=data, sequence_parallel=tensor > 1
-                )
+        for context in contexts:
+            if ranks // tensor % context:
+                continue
+            for pipeline in _divisors(ranks // tensor // context):
+                data = ranks // tensor // context // pipeline
+                if microbatches % data == 0:
+                    yield ParallelSizes(
+                        pipeline=pipeline,
+                        tensor=tensor,
+                        data=data,
+                        context=context,
+                        sequence_parallel=tensor > 1,
+                    )
 
 
 def tune(

@@ -72,8 +72,9 @@ def make_workload(
         costs: times and memory of stage pairs.
         memory_capacity_bytes: bytes for activations, by pipeline rank.
         forward_only: evaluation; every pass is frozen.
-        parallel: tensor and sequence parallel sizes; where sequence parallelism is on, the
-            backbone's hidden tensors hold a tensor-parallel share of the sequence.
+        parallel: tensor, sequence and context parallel sizes; the backbone's hidden tensors hold a
+            context-parallel share of the sequence and, where sequence parallelism is on, a
+            tensor-parallel share of that.
         element_bytes: bytes of one element of the tensors that cross rank borders.
 
     Returns:
@@ -89,9 +90,7 @@ def make_workload(
         sub_microbatch=sub_microbatch,
         costs=costs,
         forward_only=forward_only,
-        sequence_shards=(
-            parallel.tensor if parallel is not None and parallel.sequence_parallel else 1
-        ),
+        sequence_shards=1 if parallel is None else _sequence_shards(parallel),
         element_bytes=element_bytes,
     )
     payloads: dict[PassKey, PassPayload] = {}
@@ -109,6 +108,10 @@ def make_workload(
         microbatches=tuple(microbatches),
     )
     return Workload(problem=problem, payloads=payloads)
+
+
+def _sequence_shards(parallel: ParallelSizes) -> int:
+    return parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
 
 
 def _check_names(
@@ -211,7 +214,7 @@ class _PassMaker:
                 )
 
     def _hidden_shape(self, module: ModuleSpec, load: Load) -> tuple[int, ...]:
-        # As in Megatron's LLaVA, sequence parallelism is the backbone's alone.
+        # As in Megatron's LLaVA, sequence and context parallelism are the backbone's alone.
         shards = self._sequence_shards if module is self._model.backbone else 1
         return (-(-load.sequence // shards), load.batch, module.hidden_size)
 

@@ -8,6 +8,7 @@ from megatron_pipeweaver.semu.interface import Load
 from megatron_pipeweaver.semu.operators import (
     Sketch,
     activation,
+    context_rows,
     elementwise,
     enter_tensor_parallel,
     leave_tensor_parallel,
@@ -30,7 +31,7 @@ def patch_embedding(module: ModuleSpec, load: Load, options: RunOptions) -> Subg
     sketch = Sketch("patch_embedding", options)
     patch = module.patch_size or 1
     pixels = module.image_channels * patch * patch
-    rows = load.tokens
+    rows = context_rows(load, options)
     source = sketch.tensor("pixels", rows * pixels)
     output = linear(
         sketch,
@@ -52,12 +53,13 @@ def patch_unembedding(module: ModuleSpec, load: Load, options: RunOptions) -> Su
     """One linear from hidden states back to the patches that a diffusion model predicts."""
     sketch = Sketch("patch_unembedding", options)
     patch = module.patch_size or 1
-    hidden = sketch.tensor("hidden", load.tokens * module.hidden_size)
+    rows = context_rows(load, options)
+    hidden = sketch.tensor("hidden", rows * module.hidden_size)
     linear(
         sketch,
         "unpatch",
         hidden,
-        rows=load.tokens,
+        rows=rows,
         width_in=module.hidden_size,
         width_out=module.image_channels * patch * patch,
         bias=True,
@@ -68,7 +70,7 @@ def patch_unembedding(module: ModuleSpec, load: Load, options: RunOptions) -> Su
 def token_embedding(module: ModuleSpec, load: Load, options: RunOptions) -> Subgraph:
     """Rows looked up in the embedding table; the backward adds them into its gradient."""
     sketch = Sketch("token_embedding", options)
-    rows, width = load.tokens, module.hidden_size
+    rows, width = context_rows(load, options), module.hidden_size
     tokens = sketch.tensor("tokens", rows, INDEX_BYTES)
     vocabulary = shard(module.vocab_size or 1, options)
     weight = sketch.tensor("embedding.weight", vocabulary * width, parameter=True)
@@ -94,7 +96,7 @@ def token_embedding(module: ModuleSpec, load: Load, options: RunOptions) -> Subg
 def final_norm(module: ModuleSpec, spec: LayerSpec, load: Load, options: RunOptions) -> Subgraph:
     """The norm behind the last layer."""
     sketch = Sketch("final_norm", options)
-    rows = sharded_rows(load.tokens, options)
+    rows = sharded_rows(context_rows(load, options), options)
     hidden = sketch.tensor("hidden", rows * module.hidden_size)
     norm(sketch, "final_norm", hidden, rows, module.hidden_size, rms=spec.rms_norm)
     return sketch.finish()
@@ -143,7 +145,7 @@ def _vocabulary_head(
     module: ModuleSpec, load: Load, options: RunOptions, *, shares_embedding: bool
 ) -> Subgraph:
     sketch = Sketch("vocabulary_head", options)
-    rows, width = load.tokens, module.hidden_size
+    rows, width = context_rows(load, options), module.hidden_size
     vocabulary = shard(module.vocab_size or 1, options)
     hidden = sketch.tensor("hidden", sharded_rows(rows, options) * width)
     entered = enter_tensor_parallel(sketch, "enter_head", hidden, rows * width)

@@ -17,6 +17,7 @@ from megatron_pipeweaver.semu.operators import (
     Sketch,
     activation,
     attention,
+    context_rows,
     cross_pairs,
     elementwise,
     enter_tensor_parallel,
@@ -24,6 +25,7 @@ from megatron_pipeweaver.semu.operators import (
     linear,
     norm,
     pairs,
+    ring_attention,
     shard,
     sharded_rows,
     split,
@@ -38,7 +40,9 @@ _MODULATIONS = 6
 def transformer_layer(spec: LayerSpec, load: Load, options: RunOptions) -> Subgraph:
     """Pre-norm layer with whatever `spec` adds to it; the input is the tensor ``hidden``."""
     sketch = Sketch("layer", options)
-    hidden = sketch.tensor("hidden", sharded_rows(load.tokens, options) * spec.hidden_size)
+    hidden = sketch.tensor(
+        "hidden", sharded_rows(context_rows(load, options), options) * spec.hidden_size
+    )
     if spec.modulation is not None:
         _modulation_parameters(sketch, spec, load)
     hidden = _attention_block(sketch, spec, load, hidden)
@@ -92,7 +96,7 @@ def _gated(sketch: Sketch, spec: LayerSpec, name: str, branch: str) -> str:
 
 def _attention_block(sketch: Sketch, spec: LayerSpec, load: Load, hidden: str) -> str:
     options = sketch.options
-    rows, width = load.tokens, spec.hidden_size
+    rows, width = context_rows(load, options), spec.hidden_size
     heads, groups = shard(spec.heads, options), shard(spec.kv_groups, options)
     affine = spec.modulation is None
     normed = norm(
@@ -133,9 +137,13 @@ def _attention_block(sketch: Sketch, spec: LayerSpec, load: Load, hidden: str) -
         rows=rows,
         heads=heads,
         head_size=spec.head_size,
-        pairs=pairs(load, options.attention, causal=spec.causal, window=spec.window),
+        # A rank's share of the query-key pairs.
+        pairs=-(
+            -pairs(load, options.attention, causal=spec.causal, window=spec.window)
+            // options.parallel.context
+        ),
     )
-    context = attention(sketch, "attention", (query, key, value), shape)
+    context = ring_attention(sketch, "attention", (query, key, value), shape)
     branch = linear(
         sketch,
         "proj",
@@ -186,10 +194,10 @@ def _cross_attention_block(
 ) -> str:
     """Queries from the hidden states, keys and values from the context, which others hold."""
     options = sketch.options
-    rows, width = load.tokens, spec.hidden_size
-    context_rows = sum(load.context_lengths)
+    rows, width = context_rows(load, options), spec.hidden_size
+    other_rows = sum(load.context_lengths)
     heads, groups = shard(spec.heads, options), shard(spec.kv_groups, options)
-    context = sketch.tensor("context", context_rows * context_size, external=True)
+    context = sketch.tensor("context", other_rows * context_size, external=True)
     normed = norm(
         sketch, "norm_cross", hidden, sharded_rows(rows, options), width, rms=spec.rms_norm
     )
@@ -208,24 +216,24 @@ def _cross_attention_block(
         sketch,
         "cross_key_value",
         context,
-        rows=context_rows,
+        rows=other_rows,
         width_in=context_size,
         width_out=2 * groups * spec.head_size,
         bias=spec.qkv_bias,
     )
-    key_size = context_rows * groups * spec.head_size
+    key_size = other_rows * groups * spec.head_size
     key, value = split(
         sketch, "cross_split", mixed, {"cross_key": key_size, "cross_value": key_size}
     )
     if options.attention is Attention.DENSE and groups < heads:
-        repeated = context_rows * heads * spec.head_size
+        repeated = other_rows * heads * spec.head_size
         key = elementwise(sketch, "repeat_cross_key", (key,), repeated)
         value = elementwise(sketch, "repeat_cross_value", (value,), repeated)
     shape = AttentionShape(
         rows=rows,
         heads=heads,
         head_size=spec.head_size,
-        pairs=cross_pairs(load, options.attention),
+        pairs=-(-cross_pairs(load, options.attention) // options.parallel.context),
     )
     attended = attention(sketch, "cross_attention", (query, key, value), shape)
     branch = linear(
@@ -243,7 +251,7 @@ def _cross_attention_block(
 
 def _mlp_block(sketch: Sketch, spec: LayerSpec, load: Load, hidden: str) -> str:
     options = sketch.options
-    rows, width = load.tokens, spec.hidden_size
+    rows, width = context_rows(load, options), spec.hidden_size
     affine = spec.modulation is None
     normed = norm(
         sketch,

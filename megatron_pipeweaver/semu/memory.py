@@ -66,10 +66,10 @@ def rank_states(
     """Weights, gradients and optimizer state by pipeline rank.
 
     Frozen modules have weights alone. A distributed optimizer spreads its state over the
-    data-parallel ranks.
+    data-parallel and context-parallel ranks.
     """
     rule = optimizer or OptimizerOptions()
-    replicas = options.parallel.data if rule.distributed else 1
+    replicas = options.parallel.data * options.parallel.context if rule.distributed else 1
     states = []
     for rank in _ranks(layout):
         weights = gradients = kept = 0

@@ -13,9 +13,9 @@ from megatron_pipeweaver.semu.cost import CostRule, OperatorCosts
 from megatron_pipeweaver.semu.devices import DeviceProfile
 from megatron_pipeweaver.semu.graph import Memory, Store, emulate
 from megatron_pipeweaver.semu.interface import Load, StageShape
-from megatron_pipeweaver.semu.options import RunOptions
+from megatron_pipeweaver.semu.options import Attention, RunOptions
 from megatron_pipeweaver.semu.reuse import DiskCache, Reuse, content_key
-from megatron_pipeweaver.semu.stages import Part, canonical_stage, stage_parts
+from megatron_pipeweaver.semu.stages import Part, canonical_stage, splits_context, stage_parts
 from megatron_pipeweaver.semu.strategies import LayerStrategy, held_tensors, recomputed
 from megatron_pipeweaver.semu.training import backward_graph, forward_graph
 from megatron_pipeweaver.semu.work import NO_WORK, OperatorClass, Phase, Queue, Subgraph, Work
@@ -65,7 +65,8 @@ class AnalyticCostModel:
         disk: stage pairs of earlier runs; not together with `rules`, whose content is unknown.
 
     Raises:
-        ConfigError: `disk` and `rules` are both given, or the context-parallel size is not 1.
+        ConfigError: `disk` and `rules` are both given, or attention is dense with context
+            parallelism.
     """
 
     __slots__ = (
@@ -91,10 +92,10 @@ class AnalyticCostModel:
     ) -> None:
         if disk is not None and rules:
             raise ConfigError("cost model: own latency rules cannot be cached on disk; drop one")
-        if options.parallel.context > 1:
+        if options.parallel.context > 1 and options.attention is Attention.DENSE:
             raise ConfigError(
-                f"cost model: context parallel size {options.parallel.context} is not emulated; "
-                "use 1"
+                f"cost model: context parallel size {options.parallel.context} needs fused "
+                "attention; use flash, or size 1"
             )
         self.profile = profile
         self.options = options
@@ -167,13 +168,13 @@ class AnalyticCostModel:
     def part_cost(self, part: Part, strategy: LayerStrategy = LayerStrategy.KEEP) -> GraphCost:
         """Times and memory of one copy of a part under one strategy."""
         return self.reuse.get(
-            (self._context, "part", part.make, part.arguments, strategy),
+            (self._context, "part", part.make, part.arguments, part.splits_context, strategy),
             lambda: self.graph_cost(self._graph(part), strategy),
         )
 
     def _graph(self, part: Part) -> Subgraph:
         return self.reuse.get(
-            (self._context, "graph", part.make, part.arguments),
+            (self._context, "graph", part.make, part.arguments, part.splits_context),
             lambda: part.build(self.options),
         )
 
@@ -257,7 +258,10 @@ class AnalyticCostModel:
         # comes before anything that it could hide behind.
         exposed_ns = max(0, copies_ns - backward_ns - weight_grad_ns, fetch_ns)
         context = sum(load.context_lengths) * (module.layer.context_size or 0)
-        hidden = load.tokens * module.hidden_size // _sequence_shards(self.options)
+        shards = _sequence_shards(self.options)
+        if splits_context(module):
+            shards *= self.options.parallel.context
+        hidden = load.tokens * module.hidden_size // shards
         return Strategy(
             name=strategy.value,
             forward_ns=max(forward_ns, copies_ns),

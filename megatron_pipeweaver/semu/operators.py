@@ -270,6 +270,11 @@ def shard(size: int, options: RunOptions) -> int:
     return -(-size // options.parallel.tensor)
 
 
+def context_rows(load: Load, options: RunOptions) -> int:
+    """Tokens of `load` on one context-parallel rank."""
+    return -(-load.tokens // options.parallel.context)
+
+
 def sharded_rows(rows: int, options: RunOptions) -> int:
     """Rows that a rank holds between the linears: its share with sequence parallelism."""
     parallel = options.parallel
@@ -289,7 +294,10 @@ class AttentionShape:
 def attention(
     sketch: Sketch, name: str, sources: tuple[str, str, str], shape: AttentionShape
 ) -> str:
-    """Softmax attention of query, key and value, as `RunOptions.attention` has it run."""
+    """Softmax attention of query, key and value, as `RunOptions.attention` has it run.
+
+    The `shape` is that of one rank; with context parallelism see `ring_attention`.
+    """
     if sketch.options.attention is Attention.DENSE:
         return _dense_attention(sketch, name, sources, shape)
     query, key, value = sources
@@ -310,6 +318,70 @@ def attention(
             input_grad=Work(
                 flops=5 * flops // 2, memory_bytes=2 * moved, shape=sizes, count=shape.heads
             ),
+        )
+    )
+    return output
+
+
+def ring_attention(
+    sketch: Sketch, name: str, sources: tuple[str, str, str], shape: AttentionShape
+) -> str:
+    """Attention of a share of the queries to all keys, whose blocks go round the ring.
+
+        compute       | own block | block 1 ----- | block 2 ----- |
+        context link  | block 1 - | block 2 - |
+
+    While a rank works on one block of keys and values, the next one comes in. The backward sends
+    the blocks round again, and their gradients with them. The query-key pairs are dealt evenly, as
+    Megatron deals causal sequences (front and back chunks together); they are those of this rank.
+    """
+    ranks = sketch.options.parallel.context
+    if ranks == 1:
+        return attention(sketch, name, sources, shape)
+    query, *block = sources
+    size = shape.rows * shape.heads * shape.head_size
+    before: tuple[str, ...] = ()
+    for step in range(ranks):
+        if step:
+            block = [_ring_step(sketch, f"{name}_ring:{step}", tuple(block))]
+        last = step == ranks - 1
+        output = sketch.tensor(f"{name}.out" if last else f"{name}:{step}.out", size)
+        statistics = f"{name}.statistics" if last else f"{name}:{step}.statistics"
+        sketch.tensor(statistics, shape.rows * shape.heads, STATISTIC_BYTES)
+        pairs_here = shape.pairs * (step + 1) // ranks - shape.pairs * step // ranks
+        flops = 4 * shape.heads * pairs_here * shape.head_size
+        moved = sketch.bytes_of(query, *block, *before, output)
+        sizes = (shape.rows, max(1, pairs_here // max(1, shape.rows)), shape.head_size)
+        sketch.operators.append(
+            Operator(
+                name=f"{name}:{step}",
+                kind=OperatorClass.ATTENTION,
+                inputs=(query, *block, *before),
+                outputs=(output, statistics),
+                saves=(*sources, output, statistics) if last else (),
+                forward=Work(flops=flops, memory_bytes=moved, shape=sizes, count=shape.heads),
+                input_grad=Work(
+                    flops=5 * flops // 2, memory_bytes=2 * moved, shape=sizes, count=shape.heads
+                ),
+            )
+        )
+        before = (output, statistics)
+    return before[0]
+
+
+def _ring_step(sketch: Sketch, name: str, block: tuple[str, ...]) -> str:
+    """Hand a block of keys and values on to the next rank and take one from the one before."""
+    size = sketch.bytes_of(*block)
+    output = sketch.tensor(f"{name}.out", size // sketch.options.element_bytes)
+    sketch.operators.append(
+        Operator(
+            name=name,
+            kind=OperatorClass.RING_EXCHANGE,
+            inputs=block,
+            outputs=(output,),
+            forward=Work(network_bytes=size, memory_bytes=2 * size, steps=1),
+            input_grad=Work(network_bytes=2 * size, memory_bytes=4 * size, steps=1),
+            queue=Queue.CONTEXT_LINK,
         )
     )
     return output

@@ -32,6 +32,15 @@ _EMBEDDINGS = {
 }
 
 
+_SPLITS_CONTEXT = frozenset({ModuleKind.LANGUAGE, ModuleKind.DIFFUSION})
+"""Backbones split their sequences over context-parallel ranks; encoders' items are not split."""
+
+
+def splits_context(module: ModuleSpec) -> bool:
+    """Whether context-parallel ranks share the sequences of `module`."""
+    return module.kind in _SPLITS_CONTEXT
+
+
 class Part(NamedTuple):
     """`copies` equal subgraphs, one behind the other; `is_layer` says they may be recomputed.
 
@@ -42,9 +51,12 @@ class Part(NamedTuple):
     arguments: tuple[Hashable, ...]
     copies: int
     is_layer: bool
+    splits_context: bool
 
     def build(self, options: RunOptions) -> Subgraph:
-        """The subgraph, on one rank."""
+        """The subgraph, on one rank; context-parallel ranks all run what does not split."""
+        if not self.splits_context and options.parallel.context > 1:
+            options = replace(options, parallel=replace(options.parallel, context=1))
         return self.make(*self.arguments, options)
 
 
@@ -65,30 +77,33 @@ def module_stages(cut: ModuleLayout) -> tuple[StageShape, ...]:
 def stage_parts(module: ModuleSpec, stage: StageShape, load: Load) -> tuple[Part, ...]:
     """The subgraphs of one stage in forward order."""
     parts: list[Part] = []
+    split = splits_context(module)
     if stage.is_first:
-        parts.append(Part(_EMBEDDINGS[module.kind], (module, load), 1, False))
+        parts.append(Part(_EMBEDDINGS[module.kind], (module, load), 1, False, split))
     for spec, copies in layer_groups(module, stage.first_layer, stage.layers):
-        parts.append(Part(transformer_layer, (spec, load), copies, True))
+        parts.append(Part(transformer_layer, (spec, load), copies, True, split))
     taps = sum(
         stage.first_layer <= layer < stage.first_layer + stage.layers
         for layer in module.layer.tap_layers
     )
     if taps:
-        parts.append(Part(projector, (module, load), taps, False))
+        parts.append(Part(projector, (module, load), taps, False, split))
     if stage.is_last:
-        parts.append(Part(final_norm, (module, layer_spec(module), load), 1, False))
+        parts.append(Part(final_norm, (module, layer_spec(module), load), 1, False, split))
         parts.extend(_output_parts(module, stage, load))
     return tuple(parts)
 
 
 def _output_parts(module: ModuleSpec, stage: StageShape, load: Load) -> Iterator[Part]:
+    split = splits_context(module)
     if module.output_size is not None and load.output_tokens:
-        yield Part(projector, (module, load), 1, False)
+        yield Part(projector, (module, load), 1, False, split)
     if module.kind is ModuleKind.LANGUAGE and module.vocab_size is not None:
         shares = module.tied_embeddings and stage.is_first
-        yield Part(tied_vocabulary_head if shares else vocabulary_head, (module, load), 1, False)
+        head = tied_vocabulary_head if shares else vocabulary_head
+        yield Part(head, (module, load), 1, False, split)
     if module.kind is ModuleKind.DIFFUSION:
-        yield Part(patch_unembedding, (module, load), 1, False)
+        yield Part(patch_unembedding, (module, load), 1, False, split)
 
 
 def canonical_stage(module: ModuleSpec, stage: StageShape) -> StageShape:

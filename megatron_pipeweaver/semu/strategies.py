@@ -41,7 +41,7 @@ _ACTIVATIONS = frozenset({"activation", "expert_activation", "shared_activation"
 _ATTENTIONS = frozenset(
     f"{prefix}attention{part}"
     for prefix in ("", "cross_")
-    for part in ("", "_scores", "_softmax", "_context")
+    for part in ("", "_ring", "_scores", "_softmax", "_context")
 ) | {"repeat_key", "repeat_value", "repeat_cross_key", "repeat_cross_value"}
 
 _SELECTIVE: Mapping[LayerStrategy, Recomputed] = MappingProxyType(
@@ -59,7 +59,9 @@ def recomputed(strategy: LayerStrategy, graph: Subgraph) -> Recomputed:
     if strategy is LayerStrategy.RECOMPUTE:
         return Recomputed(operators=names, drops_outputs=True, whole=True)
     found = _SELECTIVE.get(strategy, Recomputed())
-    return replace(found, operators=found.operators & names)
+    # Steps of one operator are called ``name:step``.
+    chosen = frozenset(name for name in names if name.partition(":")[0] in found.operators)
+    return replace(found, operators=chosen)
 
 
 def held_tensors(graph: Subgraph, again: Recomputed) -> tuple[Tensor, ...]:

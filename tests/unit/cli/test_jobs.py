@@ -1,4 +1,5 @@
 import json
+import math
 import os
 from pathlib import Path
 
@@ -165,13 +166,22 @@ def test_tune_ranks_what_fits(write, capsys):
     out = capsys.readouterr().out
     rows = table_under(out, "rank  DP")
     assert [row[0] for row in rows] == [str(place + 1) for place in range(len(rows))]
-    assert {(row[1], row[2], row[3]) for row in rows} >= {("2", "1", "2"), ("1", "4", "1")}
-    assert all(int(row[1]) * int(row[2]) * int(row[3]) == 4 for row in rows)
+    assert {tuple(row[1:5]) for row in rows} >= {("2", "1", "1", "2"), ("1", "4", "1", "1")}
+    assert all(math.prod(map(int, row[1:5])) == 4 for row in rows)
     behind = [float(row[row.index("ms") + 1]) for row in rows]
     assert behind[0] == 1
     assert behind == sorted(behind)
     assert main(["tune", str(write()), *QUICK, "--top", "1"]) == 0
     assert len(table_under(capsys.readouterr().out, "rank  DP")) == 1
+
+
+def test_tune_tries_context_parallelism_when_asked(write, capsys):
+    assert main(["tune", str(write()), *QUICK, "--context", "1", "2"]) == 0
+    rows = table_under(capsys.readouterr().out, "rank  DP")
+    assert {row[3] for row in rows} == {"1", "2"}
+    assert all(math.prod(map(int, row[1:5])) == 4 for row in rows)
+    told = error_of(capsys, ["tune", write(), "--context", "0"])
+    assert told == "tune: context-parallel size 0; need at least 1"
 
 
 def changed(**changes: object) -> dict[str, object]:

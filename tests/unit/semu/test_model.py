@@ -138,6 +138,9 @@ def test_larger_messages_take_longer() -> None:
     assert 0 < costs.p2p_latency_ns(1) < costs.p2p_latency_ns(10**9)
 
 
-def test_context_parallelism_is_refused() -> None:
-    with pytest.raises(ConfigError, match="context parallel size 2 is not emulated"):
-        _costs(parallel=ParallelSizes(pipeline=1, context=2))
+def test_context_parallelism_needs_fused_attention() -> None:
+    with pytest.raises(ConfigError, match="context parallel size 2 needs fused attention"):
+        AnalyticCostModel(
+            load_device("H100"),
+            RunOptions(attention=Attention.DENSE, parallel=ParallelSizes(pipeline=1, context=2)),
+        )
