@@ -7,7 +7,7 @@ echo "$(uname -m), $(getconf _NPROCESSORS_ONLN) cores, load $(cut -d ' ' -f 1 /p
 job=vlm-m-64.json
 for verb in tune emulate; do
   echo
-  echo "\$ pipeweaver $verb $job --threads 2 --seed 0 --time-budget 0.5"
+  echo "\$ pipeweaver $verb $job --threads 2 --seed 0 --time-budget 0.3"
   TIMEFORMAT="took %R s (processor time %U s)"
-  time "${PYTHON:-python}" -m megatron_pipeweaver "$verb" "$job" --threads 2 --seed 0 --time-budget 0.5
+  time "${PYTHON:-python}" -m megatron_pipeweaver "$verb" "$job" --threads 2 --seed 0 --time-budget 0.3
 done 2>&1
