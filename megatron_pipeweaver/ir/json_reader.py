@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -96,6 +97,15 @@ class JsonNode:
         if not minimum <= value < _LIMIT:
             self.fail(f"is {_shown(value)}; it must be at least {minimum} and below 2**63")
         return int(value)
+
+    def number(self) -> float:
+        """A whole number or a finite fraction; for settings, never for what is computed with."""
+        value = self._value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self._wrong_type("a number")
+        if not math.isfinite(value):
+            self.fail(f"is {_shown(value)}; it must be finite")
+        return float(value)
 
     def text(self) -> str:
         """A string of Unicode characters."""

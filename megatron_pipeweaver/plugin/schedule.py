@@ -28,6 +28,7 @@ from megatron_pipeweaver.plugin.data import (
     LookAhead,
     describe_batch,
 )
+from megatron_pipeweaver.plugin.gathers import gathered_parameters
 from megatron_pipeweaver.plugin.stages import MegatronStages, StepContext
 from megatron_pipeweaver.runtime.agreement import agree, broadcast_bytes
 from megatron_pipeweaver.runtime.executor import Executor
@@ -164,7 +165,7 @@ class PipeWeaverSchedule:
             if self._gather_traces:
                 recorder.start(self._communicators.pipeline)
             start_ns = time.perf_counter_ns()
-            with _no_gradient_sync(config):
+            with gathered_parameters(chunks), _no_gradient_sync(config):
                 Executor(
                     self._communicators.pipeline_rank,
                     stages,

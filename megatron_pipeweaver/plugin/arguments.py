@@ -1,0 +1,341 @@
+"""PipeWeaver's flags in Megatron's parser, and what they may be combined with.
+
+    parser ─► add_pipeweaver_arguments ─► Megatron parses ─► read_arguments ─► PipeWeaverArguments
+
+A value on the command line wins over the same one in the file of ``--pipeweaver-config``, a JSON
+object whose keys are the flags' names behind ``--pipeweaver-``, with underscores.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from megatron_pipeweaver.config import SECOND_NS, SearchConfig
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.ir.json_reader import JsonNode, parse_json, read_bytes
+
+PREFIX = "pipeweaver_"
+"""In front of every attribute that the flags make, but for ``args.pipeweaver`` itself."""
+_FILE = "config"
+
+
+class Fallback(StrEnum):
+    """What happens where the searched plan is not there in time."""
+
+    STATIC = "static"
+    """Plan in a process of its own; the best static schedule runs."""
+    WAIT = "wait"
+    """Plan in the training process, which waits for every search."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipeWeaverArguments:
+    """What the flags ask for; every field is the flag of the same name.
+
+    `sub_microbatch` and `segments` hold the modules that are named, the others are chosen by the
+    emulated times. `device_profile` is `None` for the device that is found; `dry_run` is `None`
+    where training runs.
+    """
+
+    search_seconds: float = 1.0
+    search_threads: int = 1
+    sub_microbatch: Mapping[str, int] = field(default_factory=dict)
+    segments: Mapping[str, int] = field(default_factory=dict)
+    device_profile: str | None = None
+    memory_fraction: float = 0.9
+    deterministic: bool = False
+    fallback: Fallback = Fallback.STATIC
+    trace_dir: Path | None = None
+    dry_run: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.search_seconds <= 1e6:
+            raise ConfigError(
+                f"--pipeweaver-search-seconds {self.search_seconds}: give seconds from 0 to 1000000"
+            )
+        if self.search_threads < 1:
+            raise ConfigError(f"--pipeweaver-search-threads {self.search_threads}: give at least 1")
+        if not 0 < self.memory_fraction <= 1:
+            raise ConfigError(
+                f"--pipeweaver-memory-fraction {self.memory_fraction}: give a share of the "
+                "device's memory above 0 and up to 1"
+            )
+        if self.dry_run is not None and self.dry_run < 1:
+            raise ConfigError(f"--pipeweaver-dry-run {self.dry_run}: give at least 1 batch")
+        for flag in ("sub_microbatch", "segments"):
+            for module, count in getattr(self, flag).items():
+                if count < 1:
+                    raise ConfigError(f"{_flag(flag)} {module}={count}: give at least 1")
+
+    def search_config(self, seed: int) -> SearchConfig:
+        """The search's settings; split weight gradients are not run by Megatron's layers."""
+        return SearchConfig(
+            time_budget_ns=round(self.search_seconds * SECOND_NS),
+            threads=self.search_threads,
+            seed=seed,
+            deterministic=self.deterministic,
+            split_weight_grad=False,
+        )
+
+
+def add_pipeweaver_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add PipeWeaver's group to Megatron's parser, and return it, as Megatron's own do."""
+    group = parser.add_argument_group(title="pipeweaver")
+    group.add_argument(
+        "--pipeweaver",
+        action="store_true",
+        help="Cut every modality module into pipeline segments of its own, and run a schedule "
+        "searched for each batch.",
+    )
+    group.add_argument(
+        _flag(_FILE),
+        metavar="FILE",
+        help='JSON object of the flags below, as in {"search_seconds": 2, "segments": '
+        '{"vision": 2}}; flags on the command line win.',
+    )
+    for name, one in _FLAGS.items():
+        group.add_argument(_flag(name), **one.options)
+    return parser
+
+
+def read_arguments(args: argparse.Namespace) -> PipeWeaverArguments | None:
+    """PipeWeaver's arguments, checked against each other; `None` without ``--pipeweaver``.
+
+    Args:
+        args: what Megatron's parser made.
+
+    Raises:
+        ConfigError: a value is wrong, or a flag stands there without ``--pipeweaver``.
+    """
+    names = (_FILE, *_FLAGS)
+    given = {
+        name: value for name in names if (value := getattr(args, PREFIX + name, None)) is not None
+    }
+    if not getattr(args, "pipeweaver", False):
+        if given:
+            raise ConfigError(
+                f"{_flag(next(iter(given)))}: does nothing without --pipeweaver; add --pipeweaver"
+            )
+        return None
+    path = given.pop(_FILE, None)
+    values = {} if path is None else _read_file(Path(path))
+    values |= given
+    return PipeWeaverArguments(**{name: _FLAGS[name].make(one) for name, one in values.items()})
+
+
+def check_combinations(args: argparse.Namespace, ours: PipeWeaverArguments) -> None:
+    """Refuse Megatron arguments that cannot work together with PipeWeaver's.
+
+    Raises:
+        ConfigError: names the first such flag and what to change.
+    """
+    if args.pipeline_model_parallel_size < 2:
+        raise ConfigError(
+            "--pipeweaver: there is nothing to schedule on one pipeline rank; "
+            "give --pipeline-model-parallel-size 2 or more, or leave --pipeweaver out"
+        )
+    for name, (refused, why) in _REFUSED.items():
+        value = getattr(args, name, None)
+        if refused(value):
+            shown = "" if value is True else f" {value}"
+            raise ConfigError(f"--{name.replace('_', '-')}{shown} with --pipeweaver: {why}")
+    dropout = max(getattr(args, "attention_dropout", 0.0), getattr(args, "hidden_dropout", 0.0))
+    if ours.deterministic and dropout:
+        raise ConfigError(
+            "--pipeweaver-deterministic with dropout: masks depend on the order of execution; "
+            "add --attention-dropout 0 --hidden-dropout 0, or leave the flag out"
+        )
+
+
+def settle_virtual_size(args: argparse.Namespace, virtual_size: int) -> None:
+    """Have Megatron build `virtual_size` chunks per rank, the sum of all modules' segments."""
+    args.virtual_pipeline_model_parallel_size = virtual_size if virtual_size > 1 else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Flag:
+    """How argparse takes a flag, how a file's value is read, and what is made of either.
+
+    Megatron saves its arguments with every checkpoint, so they hold plain values alone.
+    """
+
+    options: Mapping[str, Any]
+    read: Callable[[JsonNode], Any]
+    make: Callable[[Any], Any] = lambda value: value
+
+
+def _flag(name: str) -> str:
+    return "--" + (PREFIX + name).replace("_", "-")
+
+
+def _parse_counts(text: str) -> Mapping[str, int]:
+    """``vision=2,language=1`` as a mapping."""
+    counts: dict[str, int] = {}
+    for part in text.split(","):
+        module, _, number = part.partition("=")
+        if not module.isidentifier() or not number.isdecimal() or module in counts:
+            raise argparse.ArgumentTypeError(
+                f"cannot read {part!r} of {text!r}; give each module once, as in "
+                "vision=2,language=1"
+            )
+        counts[module] = int(number)
+    return counts
+
+
+def _read_counts(node: JsonNode) -> Mapping[str, int]:
+    return {module: one.integer(1) for module, one in node.entries()}
+
+
+def _read_fallback(node: JsonNode) -> str:
+    name = node.text()
+    if name not in {one.value for one in Fallback}:
+        node.fail(f"is {name!r}; choose one of {[one.value for one in Fallback]}")
+    return name
+
+
+_FLAGS: Mapping[str, _Flag] = {
+    "search_seconds": _Flag(
+        options={
+            "type": float,
+            "metavar": "SECONDS",
+            "help": "How long to search for the schedule of one batch. Default 1.",
+        },
+        read=JsonNode.number,
+    ),
+    "search_threads": _Flag(
+        options={
+            "type": int,
+            "metavar": "N",
+            "help": "Threads of the search, on the first rank of each replica. Default 1.",
+        },
+        read=JsonNode.integer,
+    ),
+    "sub_microbatch": _Flag(
+        options={
+            "type": _parse_counts,
+            "metavar": "MODULE=N[,...]",
+            "help": "Most items of a module (images of vision) that one pass works on, as in "
+            "vision=12. Chosen by emulated times where left out.",
+        },
+        read=_read_counts,
+    ),
+    "segments": _Flag(
+        options={
+            "type": _parse_counts,
+            "metavar": "MODULE=K[,...]",
+            "help": "Pipeline segments of a module, as in vision=2,language=1; their sum is the "
+            "virtual pipeline size. Chosen by emulated times where left out.",
+        },
+        read=_read_counts,
+    ),
+    "device_profile": _Flag(
+        options={
+            "metavar": "NAME|FILE",
+            "help": "Device to emulate: a shipped profile's name (H100, A100, cpu, ...) or a "
+            "profile's file. Found by the device's name where left out.",
+        },
+        read=JsonNode.text,
+    ),
+    "memory_fraction": _Flag(
+        options={
+            "type": float,
+            "metavar": "SHARE",
+            "help": "Share of the device's memory that weights, optimizer and activations may "
+            "take. Default 0.9.",
+        },
+        read=JsonNode.number,
+    ),
+    "deterministic": _Flag(
+        options={
+            "action": "store_true",
+            "default": None,
+            "help": "Accumulate gradients in one order whatever the schedule is.",
+        },
+        read=JsonNode.boolean,
+    ),
+    "fallback": _Flag(
+        options={
+            "choices": [one.value for one in Fallback],
+            "help": "Plan in a process of its own, and run the best static schedule where the "
+            "searched one is not there in time (static, the default), or have every iteration "
+            "wait for its search (wait).",
+        },
+        read=_read_fallback,
+        make=Fallback,
+    ),
+    "trace_dir": _Flag(
+        options={
+            "metavar": "DIR",
+            "help": "Write the problem, schedule, plan and measured trace of every iteration "
+            "there.",
+        },
+        read=JsonNode.text,
+        make=Path,
+    ),
+    "dry_run": _Flag(
+        options={
+            "type": int,
+            "metavar": "N",
+            "help": "Plan the first N batches from their metadata, print memory and time, and "
+            "end; needs one process and no GPU.",
+        },
+        read=JsonNode.integer,
+    ),
+}
+"""Every flag but the switch and the file, by the name of its field."""
+
+
+def _set(value: Any) -> bool:
+    return bool(value)
+
+
+def _several(value: Any) -> bool:
+    return value is not None and value > 1
+
+
+_OWN_CUT = "PipeWeaver cuts the modules itself; use --pipeweaver-segments instead"
+_OWN_ORDER = "it assumes Megatron's own order of microbatches; leave it out"
+_REFUSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "num_layers_per_virtual_pipeline_stage": (_set, _OWN_CUT),
+    "num_virtual_stages_per_pipeline_rank": (_set, _OWN_CUT),
+    "pipeline_model_parallel_layout": (_set, _OWN_CUT),
+    "decoder_first_pipeline_num_layers": (_set, _OWN_CUT),
+    "decoder_last_pipeline_num_layers": (_set, _OWN_CUT),
+    "account_for_embedding_in_pipeline_split": (_set, _OWN_CUT),
+    "account_for_loss_in_pipeline_split": (_set, _OWN_CUT),
+    "overlap_param_gather_with_optimizer_step": (_set, _OWN_ORDER),
+    "overlap_moe_expert_parallel_comm": (_set, _OWN_ORDER),
+    "hybrid_context_parallel": (_set, _OWN_ORDER),
+    "defer_embedding_wgrad_compute": (_set, _OWN_ORDER),
+    "fine_grained_activation_offloading": (_set, _OWN_ORDER),
+    "delay_wgrad_compute": (_set, _OWN_ORDER),
+    "recompute_granularity": (
+        _set,
+        "PipeWeaver chooses per pass which layers are recomputed; leave it out",
+    ),
+    "cuda_graph_impl": (
+        lambda value: value not in (None, "none"),
+        "every iteration has another schedule, which a graph cannot replay; leave it out",
+    ),
+    "use_torch_fsdp2": (_set, "chunks are wrapped in Megatron's DDP; leave it out"),
+    "use_megatron_fsdp": (_set, "chunks are wrapped in Megatron's DDP; leave it out"),
+    "context_parallel_size": (
+        _several,
+        "chunks are not split along the sequence; give --context-parallel-size 1",
+    ),
+    "num_experts": (_set, "chunks have no mixture of experts; leave it out"),
+    "multi_latent_attention": (_set, "chunks have no latent attention; leave it out"),
+    "mtp_num_layers": (_set, "chunks have no multi-token prediction; leave it out"),
+}
+"""Megatron's arguments that cannot work, by attribute: which values, and what to do instead."""
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    root = parse_json(read_bytes(path), str(path))
+    root.keys(frozenset(), optional=frozenset(_FLAGS))
+    return {name: _FLAGS[name].read(node) for name, node in root.entries()}

@@ -1,0 +1,400 @@
+"""PipeWeaver in Megatron's training loop: its flags, its chunks and its schedule, behind hooks.
+
+    with megatron_training(VisionLanguage()):
+        args = parse_and_validate_args(...)      # --pipeweaver and its group are known
+        pretrain(config, datasets, ..., provider) # chunks, plans and schedule, if asked for
+
+`megatron.training` ships with megatron-core since 0.19 and with every Megatron-LM checkout. It is
+imported when the hooks are made, so that this module can be imported without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import inspect
+import logging
+import types
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+from megatron_pipeweaver.errors import ConfigError, UnsupportedMegatronError
+from megatron_pipeweaver.ir.cluster import ParallelSizes
+from megatron_pipeweaver.partition.offline import Partition, partition_model
+from megatron_pipeweaver.planner.background import BackgroundConfig, BackgroundSource
+from megatron_pipeweaver.planner.settings import CostSettings, PlannerSettings
+from megatron_pipeweaver.planner.source import InProcessSource, PlanSource
+from megatron_pipeweaver.plugin.arguments import (
+    Fallback,
+    PipeWeaverArguments,
+    add_pipeweaver_arguments,
+    check_combinations,
+    read_arguments,
+    settle_virtual_size,
+)
+from megatron_pipeweaver.plugin.dry_run import plan_batches, play_first_rank
+from megatron_pipeweaver.plugin.install import install, run_on_cpu, uninstall
+from megatron_pipeweaver.plugin.journal import Journal, megatron_writer
+from megatron_pipeweaver.plugin.patching import Patch, PatchSet
+from megatron_pipeweaver.plugin.providers import ModelFamily
+from megatron_pipeweaver.plugin.schedule import PipeWeaverSchedule
+from megatron_pipeweaver.semu.devices import DeviceProfile, load_device, shipped_devices
+from megatron_pipeweaver.semu.memory import (
+    OptimizerOptions,
+    activation_capacity_bytes,
+    rank_state_bytes,
+)
+from megatron_pipeweaver.semu.options import Attention, RunOptions
+
+_log = logging.getLogger(__name__)
+_CPU_PROPERTIES = types.SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0)
+
+
+@contextlib.contextmanager
+def megatron_training(family: ModelFamily) -> Iterator[None]:
+    """Megatron's training with PipeWeaver's hooks in place, on a GPU or on CPU.
+
+    Args:
+        family: what the script's model is.
+
+    Raises:
+        UnsupportedMegatronError: there is no `megatron.training`.
+    """
+    with run_on_cpu(), PatchSet(training_patches(family)):
+        yield
+
+
+def training_patches(family: ModelFamily) -> list[Patch]:
+    """The hooks, not applied yet.
+
+    Args:
+        family: what the script's model is.
+
+    Raises:
+        UnsupportedMegatronError: there is no `megatron.training`.
+    """
+    if find_spec("megatron.training") is None:
+        raise UnsupportedMegatronError(
+            "megatron.training cannot be imported: this megatron-core ships without it; "
+            "install megatron-core 0.19, or put a Megatron-LM checkout on PYTHONPATH"
+        )
+    import megatron.training
+    from megatron.core.datasets import utils as dataset_utils
+    from megatron.training import arguments, training
+
+    pretrain = pretrain_hook(training.pretrain, family)
+    return [
+        Patch(arguments, "add_megatron_arguments", parser_hook(arguments.add_megatron_arguments)),
+        Patch(arguments, "validate_args", validation_hook(arguments.validate_args)),
+        Patch(training, "pretrain", pretrain),
+        Patch(megatron.training, "pretrain", pretrain),
+        Patch(dataset_utils, "compile_helpers", built_helpers_hook(dataset_utils.compile_helpers)),
+        *_cpu_training_patches(training),
+    ]
+
+
+def parser_hook(original: Callable[..., argparse.ArgumentParser]) -> Callable[..., Any]:
+    """Megatron's `add_megatron_arguments` with PipeWeaver's group."""
+
+    @functools.wraps(original)
+    def add(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return add_pipeweaver_arguments(original(parser))
+
+    return add
+
+
+def validation_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's `validate_args`, behind PipeWeaver's own refusals."""
+
+    @functools.wraps(original)
+    def validate(args: argparse.Namespace, *more: Any, **named: Any) -> Any:
+        ours = read_arguments(args)
+        if ours is not None:
+            check_combinations(args, ours)
+            if ours.dry_run is not None:
+                play_first_rank(args)
+        if not torch.cuda.is_available():
+            args.distributed_backend = "gloo"
+        validated = original(args, *more, **named)
+        if ours is not None:
+            # All gathers start in front of the schedule (`gathers`); the hooks only await them.
+            args.align_param_gather = args.overlap_param_gather
+        return validated
+
+    return validate
+
+
+def pretrain_hook(original: Callable[..., Any], family: ModelFamily) -> Callable[..., Any]:
+    """Megatron's `pretrain` with PipeWeaver's chunks and schedule where ``--pipeweaver`` stands."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def pretrain(*positional: Any, **named: Any) -> Any:
+        from megatron.training import get_args, print_rank_0
+
+        args = get_args()
+        ours = read_arguments(args)
+        if ours is None:
+            return original(*positional, **named)
+        call = signature.bind(*positional, **named)
+        settings = planner_settings(args, ours, family)
+        settle_virtual_size(args, settings.layout.virtual_size)
+        given = call.arguments
+        if ours.dry_run is not None:
+            print_rank_0(
+                plan_batches(
+                    ours.dry_run,
+                    args,
+                    settings,
+                    family.describe(args),
+                    given["train_valid_test_dataset_provider"],
+                )
+            )
+            return None
+        given["model_provider"] = family.provider(
+            args, settings.layout, given.get("model_provider")
+        )
+        given["train_valid_test_dataset_provider"] = staged_provider(
+            given["train_valid_test_dataset_provider"]
+        )
+        with scheduled(args, ours, settings, family):
+            return original(*call.args, **call.kwargs)
+
+    return pretrain
+
+
+def staged_provider(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A data set provider that takes the `vp_stage` which Megatron hands to virtual pipelines."""
+    takes_stage = "vp_stage" in inspect.signature(original).parameters
+
+    def provide(num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
+        return original(num_samples, vp_stage=vp_stage) if takes_stage else original(num_samples)
+
+    provide.is_distributed = getattr(original, "is_distributed", False)  # type: ignore[attr-defined]
+    return provide
+
+
+@contextlib.contextmanager
+def scheduled(
+    args: argparse.Namespace,
+    ours: PipeWeaverArguments,
+    settings: PlannerSettings,
+    family: ModelFamily,
+) -> Iterator[PlanSource]:
+    """PipeWeaver's schedule in Megatron's place; yields where its plans come from."""
+    source = plan_source(ours, settings)
+    journal = Journal(ours.trace_dir, megatron_writer(), lambda: int(args.curr_iteration) + 1)
+    schedule = PipeWeaverSchedule(
+        source,
+        family.describe(args),
+        gather_traces=ours.trace_dir is not None or ours.fallback is Fallback.STATIC,
+        on_iteration=journal.record,
+    )
+    install(schedule)
+    try:
+        yield source
+        _log.info("planner: %s", source.counters)
+    finally:
+        uninstall()
+        source.close()
+
+
+def plan_source(ours: PipeWeaverArguments, settings: PlannerSettings) -> PlanSource:
+    """The planner beside training, or in its process, as ``--pipeweaver-fallback`` says."""
+    if ours.fallback is Fallback.WAIT:
+        return InProcessSource(settings.make())
+    return BackgroundSource(settings, BackgroundConfig(details=ours.trace_dir is not None))
+
+
+# --- what the planner is told --------------------------------------------------------------------
+
+
+def planner_settings(
+    args: argparse.Namespace, ours: PipeWeaverArguments, family: ModelFamily
+) -> PlannerSettings:
+    """Everything that plans follow from: the model, its cut, the device, memory and search.
+
+    Raises:
+        ConfigError: arguments and model do not fit each other.
+        InfeasibleError: weights and optimizer state alone fill the device.
+    """
+    spec = family.spec(args)
+    device = load_device(ours.device_profile or found_device())
+    costs = CostSettings(device=device, options=run_options(args))
+    partition = partition_model(
+        spec,
+        args.pipeline_model_parallel_size,
+        costs.make(),
+        family.typical(args),
+        sub_microbatch=known(ours.sub_microbatch, "sub-microbatch", spec.modules[:-1]),
+        segments=known(ours.segments, "segments", spec.modules),
+    )
+    dtype = str(args.params_dtype).removeprefix("torch.")
+    return PlannerSettings(
+        model=spec,
+        layout=partition.layout,
+        costs=costs,
+        sub_microbatch=partition.sub_microbatch,
+        memory_capacity_bytes=memory_capacity(args, ours, spec, partition, device),
+        dtypes={one.name: dtype for one in spec.modules},
+        search=ours.search_config(args.seed),
+    )
+
+
+def known(counts: Any, flag: str, modules: Sequence[Any]) -> Any:
+    """`counts`, whose keys are all names of `modules`; `ConfigError` names one that is not."""
+    names = [one.name for one in modules]
+    for name in counts:
+        if name not in names:
+            raise ConfigError(f"--pipeweaver-{flag} {name}: no such module; there are {names}")
+    return counts
+
+
+def run_options(args: argparse.Namespace) -> RunOptions:
+    """How Megatron's arguments have the layers run, as far as costs depend on it."""
+    engine = args.transformer_impl == "transformer_engine"
+    element_bytes = torch.finfo(args.params_dtype).bits // 8
+    reduced_in_fp32 = args.accumulate_allreduce_grads_in_fp32
+    return RunOptions(
+        parallel=ParallelSizes(
+            pipeline=args.pipeline_model_parallel_size,
+            tensor=args.tensor_model_parallel_size,
+            data=args.data_parallel_size,
+            sequence_parallel=args.sequence_parallel,
+        ),
+        attention=Attention.FLASH if engine else Attention.DENSE,
+        element_bytes=element_bytes,
+        gradient_bytes=4 if reduced_in_fp32 else element_bytes,
+        fused_norm=engine,
+        fused_activation=engine,
+        fused_rotary=engine,
+        dropout=args.hidden_dropout > 0 or args.attention_dropout > 0,
+        mask_bytes=1 if torch.cuda.is_available() else element_bytes,
+    )
+
+
+def memory_capacity(
+    args: argparse.Namespace,
+    ours: PipeWeaverArguments,
+    spec: Any,
+    partition: Partition,
+    device: DeviceProfile,
+) -> tuple[int, ...]:
+    """Bytes for activations by pipeline rank: a share of the device without weights and states."""
+    # Adam's two moments, and a master weight where the weights themselves are not in fp32.
+    state_bytes = 8 if args.params_dtype is torch.float32 else 12
+    states = rank_state_bytes(
+        spec,
+        partition.layout,
+        run_options(args),
+        OptimizerOptions(state_bytes=state_bytes, distributed=args.use_distributed_optimizer),
+    )
+    usable = int(device.spec.memory_bytes * ours.memory_fraction)
+    return activation_capacity_bytes(usable, states, 0)
+
+
+def found_device() -> str:
+    """The name of the shipped profile of this machine's device.
+
+    Raises:
+        ConfigError: there is a GPU and no profile of it.
+    """
+    if not torch.cuda.is_available():
+        return "cpu"
+    name = torch.cuda.get_device_name()
+    words = name.upper().replace("-", " ").split()
+    for profile in shipped_devices():
+        if profile.upper() in words:
+            return profile
+    raise ConfigError(
+        f"device {name!r}: there is no profile of it; name one with --pipeweaver-device-profile, "
+        f"of {list(shipped_devices())} or a file of your own"
+    )
+
+
+# --- what Megatron's training needs elsewhere ----------------------------------------------------
+
+
+def built_helpers_hook(original: Callable[[], None]) -> Callable[[], None]:
+    """Megatron's `compile_helpers` where there is something to compile.
+
+    The wheel ships the built library and no Makefile, for want of which the original ends the
+    process.
+    """
+
+    @functools.wraps(original)
+    def compile_helpers() -> None:
+        if find_spec("megatron.core.datasets.helpers_cpp") is None:
+            original()
+
+    return compile_helpers
+
+
+def _cpu_training_patches(training: Any) -> list[Patch]:
+    """What `megatron.training` needs on a machine without a GPU; nothing where CUDA is there."""
+    if torch.cuda.is_available():
+        return []
+    initialize = training.initialize_megatron
+    return [
+        Patch(training, "initialize_megatron", functools.partial(initialize, allow_no_cuda=True)),
+        # It warms fused kernels up in bf16.
+        Patch(training, "set_jit_fusion_options", _nothing),
+        # Megatron sets its parallel state and its seeds up where it counts a device.
+        Patch(torch.cuda, "device_count", lambda: 1),
+        # With sequence parallelism, it asks for the device's generation.
+        Patch(torch.cuda, "get_device_properties", lambda device=None: _CPU_PROPERTIES),
+        Patch(CLIPViTModel, "__init__", plain_norm_hook(CLIPViTModel.__init__)),
+        Patch(WrappedTorchNorm, "__new__", sharded_norm_hook(WrappedTorchNorm.__new__)),
+    ]
+
+
+def sharded_norm_hook(original: Callable[..., torch.nn.Module]) -> Any:
+    """`WrappedTorchNorm.__new__` that takes sequence parallelism as the fused norms do.
+
+    Each rank norms its share of the sequence, so its parameters' gradients are shares as well;
+    those that are marked are summed by Megatron when it finalises gradients.
+    """
+
+    @functools.wraps(original)
+    def make(kind: type, config: Any, *more: Any, **named: Any) -> torch.nn.Module:
+        if not config.sequence_parallel:
+            return original(kind, config, *more, **named)
+        alone = copy.copy(config)
+        alone.sequence_parallel = False
+        norm = original(kind, alone, *more, **named)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = True  # type: ignore[attr-defined]
+        return norm
+
+    return staticmethod(make)
+
+
+def plain_norm_hook(original: Callable[..., None]) -> Callable[..., None]:
+    """`CLIPViTModel.__init__` whose default norms take what Megatron calls them with.
+
+    Without Transformer Engine the defaults are `torch.nn.LayerNorm`, which does not.
+    """
+    signature = inspect.signature(original)
+    norms = {
+        name: WrappedTorchNorm
+        for name, one in signature.parameters.items()
+        if one.default is torch.nn.LayerNorm
+    }
+
+    @functools.wraps(original)
+    def initialize(*positional: Any, **named: Any) -> None:
+        given = signature.bind(*positional, **named).arguments
+        original(*positional, **named, **{k: v for k, v in norms.items() if k not in given})
+
+    return initialize
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None

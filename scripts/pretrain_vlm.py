@@ -1,0 +1,138 @@
+"""Trains a vision-language model with Megatron's training loop, with PipeWeaver or without.
+
+    torchrun --nproc-per-node 4 scripts/pretrain_vlm.py --pipeline-model-parallel-size 4 \
+        --pipeweaver --pipeweaver-segments vision=1,language=1 ...
+
+Takes Megatron's arguments and those of `docs/megatron.md`. Without ``--pipeweaver`` the same model
+trains on one pipeline rank by Megatron's own schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # see megatron_pipeweaver.plugin.cpu
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from vlm_data import MicrobatchStream, SampleOptions, Samples
+
+from megatron_pipeweaver.errors import ConfigError, PipeWeaverError
+from megatron_pipeweaver.plugin.providers import (
+    VisionLanguage,
+    WholeModel,
+    add_vision_language_arguments,
+)
+from megatron_pipeweaver.plugin.training import megatron_training
+
+FAMILY = VisionLanguage()
+_EVALUATION_SEED = 1 << 20
+"""What evaluation's samples are drawn with beside ``--seed``, so that they are not trained on."""
+
+
+def main() -> int:
+    """Train as the command line says; returns the exit code."""
+    try:
+        with megatron_training(FAMILY):
+            run()
+    except PipeWeaverError as error:
+        # What is wrong with the arguments is wrong on every rank alike.
+        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
+            print(f"pretrain_vlm: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def run() -> None:
+    """Megatron's own course of things."""
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    args = parse_and_validate_args(
+        extra_args_provider=add_vision_language_arguments,
+        args_defaults={"tokenizer_type": "NullTokenizer", "dataloader_type": "external"},
+    )
+    data_provider.is_distributed = True  # type: ignore[attr-defined]
+    pretrain(
+        pretrain_cfg_container_from_args(args),
+        data_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        model_provider,
+    )
+
+
+def model_provider(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: Any = None,
+    pg_collection: Any = None,
+) -> WholeModel:
+    """The model without PipeWeaver: in one piece, on one pipeline rank."""
+    from megatron.training import get_args
+
+    del pre_process, post_process, vp_stage, config
+    return FAMILY.whole(get_args(), pg_collection)
+
+
+def data_provider(train_valid_test_num_samples: Sequence[int]) -> list[Iterator[Any]]:
+    """Microbatches to train on, to validate on and to test on, each without end."""
+    from megatron.training import get_args
+
+    del train_valid_test_num_samples
+    args = get_args()
+    consumed = [args.consumed_train_samples, args.consumed_valid_samples, 0]
+    return [
+        MicrobatchStream(
+            Samples(sample_options(args, args.seed + index * _EVALUATION_SEED)),
+            first=first,
+            size=args.micro_batch_size,
+            replica=parallel_state.get_data_parallel_rank(),
+            replicas=parallel_state.get_data_parallel_world_size(),
+        )
+        for index, first in enumerate(consumed)
+    ]
+
+
+def sample_options(args: argparse.Namespace, seed: int) -> SampleOptions:
+    """What the arguments say of samples."""
+    return SampleOptions(
+        seed=seed,
+        sequence_length=args.seq_length,
+        vocabulary=args.vocab_size,
+        image_size=args.img_h,
+        patch_size=args.patch_dim,
+        max_images=args.max_images,
+        image_token=FAMILY.IMAGE_TOKEN,
+        mock=args.mock_data,
+    )
+
+
+def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Any, Any]:
+    """Megatron's forward step: one microbatch through one chunk, or through the whole model."""
+    batch = {name: one.cuda(non_blocking=True) for name, one in next(data_iterator).items()}
+    return model(batch), partial(loss_of_tokens, batch)
+
+
+def loss_of_tokens(
+    batch: Mapping[str, torch.Tensor], losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The summed loss, how many tokens it is of, and both for Megatron's log."""
+    mask = batch["loss_mask"]
+    total, count = (losses.float() * mask).sum(), mask.sum()
+    record = torch.stack([total.detach().clone(), count])
+    return total, count.to(torch.int), {"lm loss": record}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

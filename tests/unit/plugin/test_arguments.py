@@ -1,0 +1,217 @@
+"""The flags: what they read, what they refuse, and that Megatron's parser takes them."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.plugin.arguments import (
+    Fallback,
+    PipeWeaverArguments,
+    add_pipeweaver_arguments,
+    check_combinations,
+    read_arguments,
+    settle_virtual_size,
+)
+
+
+def parse(*flags):
+    return add_pipeweaver_arguments(argparse.ArgumentParser()).parse_args(flags)
+
+
+def read(*flags):
+    return read_arguments(parse("--pipeweaver", *flags))
+
+
+def megatron(**more):
+    return argparse.Namespace(pipeline_model_parallel_size=4, **more)
+
+
+def test_without_the_switch_there_is_nothing():
+    assert read_arguments(parse()) is None
+    assert read_arguments(argparse.Namespace()) is None
+
+
+def test_the_switch_alone_means_the_defaults():
+    assert read() == PipeWeaverArguments()
+
+
+def test_every_flag_is_read():
+    found = read(
+        *("--pipeweaver-search-seconds", "2.5", "--pipeweaver-search-threads", "3"),
+        *("--pipeweaver-sub-microbatch", "vision=12"),
+        *("--pipeweaver-segments", "vision=2,language=1"),
+        *("--pipeweaver-device-profile", "H100", "--pipeweaver-memory-fraction", "0.8"),
+        *("--pipeweaver-deterministic", "--pipeweaver-fallback", "wait"),
+        *("--pipeweaver-trace-dir", "traces", "--pipeweaver-dry-run", "5"),
+    )
+    assert found == PipeWeaverArguments(
+        search_seconds=2.5,
+        search_threads=3,
+        sub_microbatch={"vision": 12},
+        segments={"vision": 2, "language": 1},
+        device_profile="H100",
+        memory_fraction=0.8,
+        deterministic=True,
+        fallback=Fallback.WAIT,
+        trace_dir=Path("traces"),
+        dry_run=5,
+    )
+    search = found.search_config(seed=7)
+    assert (search.time_budget_ns, search.threads, search.seed) == (2_500_000_000, 3, 7)
+    assert search.deterministic
+    assert not search.split_weight_grad
+
+
+FILE = {
+    "search_seconds": 3,
+    "search_threads": 2,
+    "sub_microbatch": {"vision": 4},
+    "segments": {"language": 2},
+    "device_profile": "A100",
+    "memory_fraction": 0.5,
+    "deterministic": True,
+    "fallback": "wait",
+    "trace_dir": "there",
+    "dry_run": 1,
+}
+
+
+def test_a_file_holds_every_flag_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(FILE))
+    found = read("--pipeweaver-config", str(path), "--pipeweaver-segments", "vision=3")
+    assert found == PipeWeaverArguments(
+        **{
+            **FILE,
+            "segments": {"vision": 3},
+            "trace_dir": Path("there"),
+            "fallback": Fallback.WAIT,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"speed": 1}', r"unknown key 'speed'"),
+        ('{"segments": 2}', r"\$\.segments: is 2; it must be an object"),
+        ('{"segments": {"vision": 0}}', r"\$\.segments\.vision: is 0"),
+        ('{"fallback": "hope"}', r"\$\.fallback: is 'hope'; choose one of"),
+        ('{"memory_fraction": true}', r"\$\.memory_fraction: is true; it must be a number"),
+        ('{"search_seconds": NaN}', r"\$\.search_seconds: is NaN; it must be finite"),
+        ('{"memory_fraction": 1.5}', r"--pipeweaver-memory-fraction 1\.5"),
+        ("{", "not readable JSON"),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused(tmp_path, text, message):
+    path = tmp_path / "settings.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read("--pipeweaver-config", str(path))
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read("--pipeweaver-config", str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--pipeweaver-search-seconds", "-1"),
+        ("--pipeweaver-search-seconds", "nan"),
+        ("--pipeweaver-search-threads", "0"),
+        ("--pipeweaver-memory-fraction", "0"),
+        ("--pipeweaver-dry-run", "0"),
+        ("--pipeweaver-segments", "vision=0"),
+        ("--pipeweaver-sub-microbatch", "vision=0"),
+    ],
+    ids=" ".join,
+)
+def test_values_out_of_range_are_refused_by_their_flag(flags):
+    with pytest.raises(ConfigError, match=f"^{flags[0]} "):
+        read(*flags)
+
+
+@pytest.mark.parametrize("text", ["vision", "vision=", "=2", "vision=x", "vision=1,vision=2", ""])
+def test_counts_that_cannot_be_read_end_the_parser(text, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--pipeweaver-segments", text)
+    assert end.value.code == 2
+    assert "give each module once, as in vision=2,language=1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--pipeweaver-segments", "vision=2"),
+        ("--pipeweaver-deterministic",),
+        ("--pipeweaver-config", "file"),
+    ],
+    ids=" ".join,
+)
+def test_flags_without_the_switch_are_refused(flags):
+    with pytest.raises(ConfigError, match=f"^{flags[0]}: does nothing without --pipeweaver"):
+        read_arguments(parse(*flags))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pipeline_model_parallel_size": 1}, "give --pipeline-model-parallel-size 2 or more"),
+        ({"num_virtual_stages_per_pipeline_rank": 2}, "use --pipeweaver-segments instead"),
+        ({"pipeline_model_parallel_layout": "E|t*3"}, "--pipeline-model-parallel-layout E"),
+        ({"overlap_param_gather_with_optimizer_step": True}, "leave it out"),
+        ({"recompute_granularity": "full"}, "--recompute-granularity full with --pipeweaver"),
+        ({"cuda_graph_impl": "local"}, "which a graph cannot replay"),
+        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2 with --pipeweaver"),
+        ({"context_parallel_size": 2}, "give --context-parallel-size 1"),
+        ({"num_experts": 8}, "no mixture of experts"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_together_is_refused(arguments, message):
+    args = argparse.Namespace(**{"pipeline_model_parallel_size": 4, **arguments})
+    with pytest.raises(ConfigError, match=message) as refusal:
+        check_combinations(args, PipeWeaverArguments())
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_can_work_together_passes():
+    args = megatron(
+        cuda_graph_impl="none",
+        context_parallel_size=1,
+        recompute_granularity=None,
+        hidden_dropout=0.1,
+        attention_dropout=0.0,
+    )
+    check_combinations(args, PipeWeaverArguments())
+    args.hidden_dropout = 0.0
+    check_combinations(args, PipeWeaverArguments(deterministic=True))
+
+
+def test_deterministic_order_and_dropout_are_refused():
+    with pytest.raises(ConfigError, match="--hidden-dropout 0"):
+        check_combinations(megatron(hidden_dropout=0.1), PipeWeaverArguments(deterministic=True))
+
+
+def test_the_virtual_size_is_the_number_of_chunks():
+    args = megatron(virtual_pipeline_model_parallel_size=None)
+    settle_virtual_size(args, 3)
+    assert args.virtual_pipeline_model_parallel_size == 3
+    settle_virtual_size(args, 1)
+    assert args.virtual_pipeline_model_parallel_size is None
+
+
+def test_names_do_not_meet_megatrons_own():
+    arguments = pytest.importorskip(
+        "megatron.training.arguments", reason="this megatron-core has no megatron.training"
+    )
+    parser = add_pipeweaver_arguments(
+        arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    )
+    args = parser.parse_args(["--pipeweaver", "--pipeweaver-segments", "vision=2"])
+    assert read_arguments(args).segments == {"vision": 2}
