@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,6 +108,8 @@ def overheard(losses: Losses) -> Iterator[None]:
 
 def train(ctx: RankContext, runs: Sequence[Run]) -> list[Losses]:
     """All `runs`, one after the other, in the same processes."""
+    # Megatron writes checkpoints in a process of their own, which daemons may not have.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     script = load_script()
     from megatron.training.training import destroy_global_state
 
@@ -115,11 +118,37 @@ def train(ctx: RankContext, runs: Sequence[Run]) -> list[Losses]:
         ctx.note(f"run {number}: {' '.join(run.flags)}")
         sys.argv = [one.replace("{directory}", str(ctx.directory)) for one in run.command]
         losses = Losses()
-        with overheard(losses):
+        # At its --exit-interval Megatron ends the process.
+        with overheard(losses), suppress(SystemExit):
             assert script.main() == 0
         destroy_global_state()
         found.append(losses)
     return found
+
+
+def launch_script(ctx: RankContext, runs: Sequence[Run]) -> list[Losses]:
+    """All `runs` of a script that knows no PipeWeaver, through the launcher."""
+    from megatron_pipeweaver.launch import main
+
+    script = Path(__file__).with_name("llava_script.py")
+    from megatron.training.training import destroy_global_state
+
+    found = []
+    for run in runs:
+        ctx.note(" ".join(run.flags))
+        losses = Losses()
+        with overheard(losses):
+            assert main([str(script), *without_images(run)]) == 0
+        destroy_global_state()
+        found.append(losses)
+    return found
+
+
+def without_images(run: Run) -> list[str]:
+    """The flags of `run` that Megatron knows, and PipeWeaver's."""
+    flags = run.command[1:]
+    place = flags.index("--max-images")
+    return [*flags[:place], *flags[place + 2 :]]
 
 
 def losses_of(found: Sequence[Sequence[Losses]], number: int) -> Losses:
@@ -175,3 +204,18 @@ def test_losses_are_those_of_megatron_without_pipeweaver() -> None:
         assert losses_of(found, number).virtual_size is not None, name
     assert losses_of(found, 2).virtual_size == 2
     assert losses_of(found, 3).virtual_size == 3
+
+
+def test_a_script_with_a_whole_llava_model_has_the_same_losses_in_chunks() -> None:
+    untied = ("--untie-embeddings-and-output-weights",)
+    runs = [
+        Run(flags=untied, iterations=3),
+        Run(flags=pipeline(2, *untied, *OVERLAP), iterations=3),
+        Run(flags=[*pipeline(4, *untied), "--pipeweaver-fallback", "static"], iterations=3),
+    ]
+    found = run_on_ranks(launch_script, 4, runs, deadline_s=200, environment=ENVIRONMENT)
+    plain = losses_of(found, 0)
+    assert list(plain.trained) == [1, 2, 3]
+    for number in (1, 2):
+        close(losses_of(found, number), plain)
+        assert losses_of(found, number).virtual_size is not None
