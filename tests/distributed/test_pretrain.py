@@ -219,3 +219,25 @@ def test_a_script_with_a_whole_llava_model_has_the_same_losses_in_chunks() -> No
     for number in (1, 2):
         close(losses_of(found, number), plain)
         assert losses_of(found, number).virtual_size is not None
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not() -> None:
+    pytest.importorskip("psutil", reason="Megatron writes checkpoints with psutil")
+    stored = ("--ckpt-format", "torch_dist", "--save-interval", "3")
+    two = pipeline(2, "--overlap-grad-reduce", "--pipeweaver-deterministic", *stored)
+    four = pipeline(4, "--pipeweaver-deterministic", *stored)
+    save, load = ("--save", "{directory}/saved"), ("--load", "{directory}/saved")
+    runs = [
+        Run(flags=two, iterations=6),
+        Run(flags=[*two, *save, "--exit-interval", "3"], iterations=6),
+        Run(flags=[*two, *load], iterations=6),
+        Run(flags=[*four, *load], iterations=6),
+        Run(flags=[*stored, *load], iterations=6),
+    ]
+    found = run_on_ranks(train, 4, runs, deadline_s=250, environment=ENVIRONMENT)
+    unbroken = losses_of(found, 0).trained
+    assert list(losses_of(found, 1).trained) == [1, 2, 3]
+    rest = {iteration: unbroken[iteration] for iteration in (4, 5, 6)}
+    assert losses_of(found, 2).trained == rest
+    for number in (3, 4):
+        assert losses_of(found, number).trained == pytest.approx(rest, rel=1e-5, abs=0)
