@@ -14,17 +14,10 @@ from functools import partial
 from typing import Any
 
 from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.semu.attention import AttentionShape, attention
 from megatron_pipeweaver.semu.cost import OperatorCosts
 from megatron_pipeweaver.semu.devices import DeviceProfile, Factors
-from megatron_pipeweaver.semu.operators import (
-    AttentionShape,
-    Sketch,
-    activation,
-    attention,
-    elementwise,
-    linear,
-    norm,
-)
+from megatron_pipeweaver.semu.operators import Sketch, activation, elementwise, linear, norm
 from megatron_pipeweaver.semu.options import Attention, RunOptions
 from megatron_pipeweaver.semu.work import Operator, OperatorClass, Phase
 

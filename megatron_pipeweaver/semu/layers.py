@@ -10,22 +10,24 @@ parallelism so are the rows between the linears.
 from __future__ import annotations
 
 from megatron_pipeweaver.semu.architecture import LayerSpec
+from megatron_pipeweaver.semu.attention import (
+    AttentionShape,
+    attention,
+    cross_pairs,
+    pairs,
+    ring_attention,
+)
 from megatron_pipeweaver.semu.experts import expert_mlp
 from megatron_pipeweaver.semu.interface import Load
 from megatron_pipeweaver.semu.operators import (
-    AttentionShape,
     Sketch,
     activation,
-    attention,
     context_rows,
-    cross_pairs,
     elementwise,
     enter_tensor_parallel,
     leave_tensor_parallel,
     linear,
     norm,
-    pairs,
-    ring_attention,
     shard,
     sharded_rows,
     split,

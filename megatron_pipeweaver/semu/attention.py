@@ -1,0 +1,213 @@
+"""Attention as operators: which query-key pairs count, what each form computes and keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_pipeweaver.semu.interface import Load
+from megatron_pipeweaver.semu.operators import (
+    STATISTIC_BYTES,
+    Sketch,
+)
+from megatron_pipeweaver.semu.options import Attention
+from megatron_pipeweaver.semu.work import (
+    Operator,
+    OperatorClass,
+    Queue,
+    Work,
+)
+
+
+def pairs(load: Load, kind: Attention, *, causal: bool, window: int | None = None) -> int:
+    """Query-key pairs that self-attention computes, per head.
+
+    Dense attention computes the full square of every row of the batch; fused attention stays
+    within the sequences (cut into windows, where there are any) and, when causal, below their
+    diagonals.
+    """
+    if kind is Attention.DENSE:
+        return load.batch * load.sequence * load.sequence
+    if causal:
+        return sum(length * (length + 1) // 2 for length in load.lengths)
+    if window is None:
+        return sum(length * length for length in load.lengths)
+    return sum(
+        (length // window) * window * window + (length % window) ** 2 for length in load.lengths
+    )
+
+
+def cross_pairs(load: Load, kind: Attention) -> int:
+    """Query-key pairs of cross-attention, per head.
+
+    Every sequence reads its own context where there is one each, the whole context otherwise.
+    """
+    context = load.context_lengths
+    if kind is Attention.FLASH and len(context) == len(load.lengths):
+        return sum(own * other for own, other in zip(load.lengths, context, strict=True))
+    return load.tokens * sum(context)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """Sizes of one attention on one rank; `pairs` are query-key pairs per head."""
+
+    rows: int
+    heads: int
+    head_size: int
+    pairs: int
+
+
+def attention(
+    sketch: Sketch, name: str, sources: tuple[str, str, str], shape: AttentionShape
+) -> str:
+    """Softmax attention of query, key and value, as `RunOptions.attention` has it run.
+
+    The `shape` is that of one rank; with context parallelism see `ring_attention`.
+    """
+    if sketch.options.attention is Attention.DENSE:
+        return _dense_attention(sketch, name, sources, shape)
+    query, key, value = sources
+    output = sketch.tensor(f"{name}.out", shape.rows * shape.heads * shape.head_size)
+    statistics = sketch.tensor(f"{name}.statistics", shape.rows * shape.heads, STATISTIC_BYTES)
+    flops = 4 * shape.heads * shape.pairs * shape.head_size
+    moved = sketch.bytes_of(query, key, value, output)
+    sizes = (shape.rows, max(1, shape.pairs // max(1, shape.rows)), shape.head_size)
+    sketch.operators.append(
+        Operator(
+            name=name,
+            kind=OperatorClass.ATTENTION,
+            inputs=sources,
+            outputs=(output, statistics),
+            saves=(*sources, output, statistics),
+            forward=Work(flops=flops, memory_bytes=moved, shape=sizes, count=shape.heads),
+            # The backward computes the scores once more: five products for the forward's two.
+            input_grad=Work(
+                flops=5 * flops // 2, memory_bytes=2 * moved, shape=sizes, count=shape.heads
+            ),
+        )
+    )
+    return output
+
+
+def ring_attention(
+    sketch: Sketch, name: str, sources: tuple[str, str, str], shape: AttentionShape
+) -> str:
+    """Attention of a share of the queries to all keys, whose blocks go round the ring.
+
+        compute       | own block | block 1 ----- | block 2 ----- |
+        context link  | block 1 - | block 2 - |
+
+    While a rank works on one block of keys and values, the next one comes in. The backward sends
+    the blocks round again, and their gradients with them. The query-key pairs are dealt evenly, as
+    Megatron deals causal sequences (front and back chunks together); they are those of this rank.
+    """
+    ranks = sketch.options.parallel.context
+    if ranks == 1:
+        return attention(sketch, name, sources, shape)
+    query, *block = sources
+    size = shape.rows * shape.heads * shape.head_size
+    before: tuple[str, ...] = ()
+    for step in range(ranks):
+        if step:
+            block = [_ring_step(sketch, f"{name}_ring:{step}", tuple(block))]
+        last = step == ranks - 1
+        output = sketch.tensor(f"{name}.out" if last else f"{name}:{step}.out", size)
+        statistics = f"{name}.statistics" if last else f"{name}:{step}.statistics"
+        sketch.tensor(statistics, shape.rows * shape.heads, STATISTIC_BYTES)
+        pairs_here = shape.pairs * (step + 1) // ranks - shape.pairs * step // ranks
+        flops = 4 * shape.heads * pairs_here * shape.head_size
+        moved = sketch.bytes_of(query, *block, *before, output)
+        sizes = (shape.rows, max(1, pairs_here // max(1, shape.rows)), shape.head_size)
+        sketch.operators.append(
+            Operator(
+                name=f"{name}:{step}",
+                kind=OperatorClass.ATTENTION,
+                inputs=(query, *block, *before),
+                outputs=(output, statistics),
+                saves=(*sources, output, statistics) if last else (),
+                forward=Work(flops=flops, memory_bytes=moved, shape=sizes, count=shape.heads),
+                input_grad=Work(
+                    flops=5 * flops // 2, memory_bytes=2 * moved, shape=sizes, count=shape.heads
+                ),
+            )
+        )
+        before = (output, statistics)
+    return before[0]
+
+
+def _ring_step(sketch: Sketch, name: str, block: tuple[str, ...]) -> str:
+    """Hand a block of keys and values on to the next rank and take one from the one before."""
+    size = sketch.bytes_of(*block)
+    output = sketch.tensor(f"{name}.out", size // sketch.options.element_bytes)
+    sketch.operators.append(
+        Operator(
+            name=name,
+            kind=OperatorClass.RING_EXCHANGE,
+            inputs=block,
+            outputs=(output,),
+            forward=Work(network_bytes=size, memory_bytes=2 * size, steps=1),
+            input_grad=Work(network_bytes=2 * size, memory_bytes=4 * size, steps=1),
+            queue=Queue.CONTEXT_LINK,
+        )
+    )
+    return output
+
+
+def _dense_attention(
+    sketch: Sketch, name: str, sources: tuple[str, str, str], shape: AttentionShape
+) -> str:
+    """Megatron's own: scores, softmax, context; the probabilities are kept."""
+    query, key, value = sources
+    options = sketch.options
+    elements = shape.heads * shape.pairs
+    scores = sketch.tensor(f"{name}_scores.out", elements)
+    sizes = (shape.rows, max(1, shape.pairs // max(1, shape.rows)), shape.head_size)
+    _product(sketch, f"{name}_scores", (query, key), scores, shape, sizes)
+    probabilities = sketch.tensor(f"{name}.probabilities", elements)
+    makes = [probabilities]
+    if options.dropout:
+        makes.append(sketch.tensor(f"{name}.dropped", elements))
+        makes.append(sketch.tensor(f"{name}.dropout_mask", elements, options.mask_bytes))
+    moved = sketch.bytes_of(scores)
+    sketch.operators.append(
+        Operator(
+            name=f"{name}_softmax",
+            kind=OperatorClass.SOFTMAX,
+            inputs=(scores,),
+            outputs=tuple(makes),
+            saves=tuple(makes),
+            forward=Work(memory_bytes=4 * moved),
+            input_grad=Work(memory_bytes=5 * moved),
+        )
+    )
+    output = sketch.tensor(f"{name}.out", shape.rows * shape.heads * shape.head_size)
+    weights = makes[1] if options.dropout else probabilities
+    turned = (shape.rows, shape.head_size, sizes[1])
+    _product(sketch, f"{name}_context", (weights, value), output, shape, turned)
+    return output
+
+
+def _product(
+    sketch: Sketch,
+    name: str,
+    sources: tuple[str, str],
+    output: str,
+    shape: AttentionShape,
+    sizes: tuple[int, int, int],
+) -> None:
+    """One batched product of attention; its backward is two."""
+    flops = 2 * shape.heads * shape.pairs * shape.head_size
+    moved = sketch.bytes_of(*sources, output)
+    sketch.operators.append(
+        Operator(
+            name=name,
+            kind=OperatorClass.ATTENTION,
+            inputs=sources,
+            outputs=(output,),
+            saves=sources,
+            forward=Work(flops=flops, memory_bytes=moved, shape=sizes, count=shape.heads),
+            input_grad=Work(
+                flops=2 * flops, memory_bytes=2 * moved, shape=sizes, count=shape.heads, kernels=2
+            ),
+        )
+    )
