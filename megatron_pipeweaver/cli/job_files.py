@@ -21,13 +21,13 @@ from megatron_pipeweaver.ir.lmm import (
     ModuleKind,
     ModuleSpec,
 )
+from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.partition.tune import Job
 from megatron_pipeweaver.semu.devices import DeviceProfile, load_device, shipped_devices
 from megatron_pipeweaver.semu.memory import OptimizerOptions
 from megatron_pipeweaver.semu.model import DEFAULT_STRATEGIES
 from megatron_pipeweaver.semu.options import Attention, RunOptions
 from megatron_pipeweaver.semu.presets import module_preset, setup_preset
-from megatron_pipeweaver.semu.strategies import LayerStrategy
 
 JOB_FORMAT = "pipeweaver.job/1"
 _OPTIONAL = frozenset(

@@ -13,6 +13,7 @@ from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec
 from megatron_pipeweaver.ir.problem import PassKey, Problem
 from megatron_pipeweaver.ir.schedule import Schedule
+from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.partition.offline import Partition, partition_model
 from megatron_pipeweaver.partition.workload import loads, make_workload
 from megatron_pipeweaver.semu.devices import DeviceProfile
@@ -27,7 +28,6 @@ from megatron_pipeweaver.semu.options import RunOptions
 from megatron_pipeweaver.semu.reuse import Reuse
 from megatron_pipeweaver.semu.stages import module_stages
 from megatron_pipeweaver.semu.step import StepReport, emulate_step, training_flops
-from megatron_pipeweaver.semu.strategies import LayerStrategy
 
 Scheduler = Callable[[Problem], Schedule]
 """Makes a schedule; raises `InfeasibleError` where there is none."""

@@ -11,13 +11,13 @@ from megatron_pipeweaver.ir.codec import digest, to_bytes
 from megatron_pipeweaver.ir.json_reader import parse_json
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec
+from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.planner.codec import from_json, to_json
 from megatron_pipeweaver.planner.planner import Planner
 from megatron_pipeweaver.semu.devices import DeviceProfile
 from megatron_pipeweaver.semu.interface import CostModel
 from megatron_pipeweaver.semu.model import DEFAULT_STRATEGIES, AnalyticCostModel
 from megatron_pipeweaver.semu.options import RunOptions
-from megatron_pipeweaver.semu.strategies import LayerStrategy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

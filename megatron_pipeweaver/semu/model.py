@@ -9,6 +9,7 @@ from megatron_pipeweaver import __version__
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.lmm import ModuleSpec
 from megatron_pipeweaver.ir.problem import Strategy
+from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.semu.cost import CostRule, OperatorCosts
 from megatron_pipeweaver.semu.devices import DeviceProfile
 from megatron_pipeweaver.semu.graph import Memory, Store, emulate
@@ -16,7 +17,7 @@ from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.options import Attention, RunOptions
 from megatron_pipeweaver.semu.reuse import DiskCache, Reuse, content_key
 from megatron_pipeweaver.semu.stages import Part, canonical_stage, splits_context, stage_parts
-from megatron_pipeweaver.semu.strategies import LayerStrategy, held_tensors, recomputed
+from megatron_pipeweaver.semu.strategies import held_tensors, recomputed
 from megatron_pipeweaver.semu.training import backward_graph, forward_graph
 from megatron_pipeweaver.semu.work import NO_WORK, OperatorClass, Phase, Queue, Subgraph, Work
 

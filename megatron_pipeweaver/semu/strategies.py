@@ -4,27 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from types import MappingProxyType
 
+from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.semu.work import Subgraph, Tensor
-
-
-class LayerStrategy(StrEnum):
-    """How a layer spends memory between its forward and its backward."""
-
-    KEEP = "keep"
-    """Every activation stays."""
-    RECOMPUTE = "recompute"
-    """The input alone stays; the whole forward runs again in front of the backward."""
-    ATTENTION = "recompute_attention"
-    """What attention keeps for itself is computed again from query, key and value."""
-    NORM = "recompute_norm"
-    """Outputs of norms are dropped and computed again from their inputs."""
-    LIGHT = "recompute_light"
-    """Outputs of norms and activations are dropped and computed again from their inputs."""
-    OFFLOAD = "offload"
-    """Activations wait in host memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

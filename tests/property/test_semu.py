@@ -14,12 +14,12 @@ from megatron_pipeweaver.ir.lmm import (
     ModuleSpec,
 )
 from megatron_pipeweaver.ir.problem import Strategy
+from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.semu.devices import load_device
 from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.model import AnalyticCostModel
 from megatron_pipeweaver.semu.options import Attention, RunOptions
 from megatron_pipeweaver.semu.reuse import Reuse
-from megatron_pipeweaver.semu.strategies import LayerStrategy
 
 ALL = tuple(LayerStrategy)
 

@@ -9,10 +9,10 @@ from megatron_pipeweaver.cli.job_files import SYNTHETIC, load_job
 from megatron_pipeweaver.cli.main import main
 from megatron_pipeweaver.ir.batch import Item
 from megatron_pipeweaver.ir.cluster import ParallelSizes
+from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.semu.devices import load_device, profile_to_json
 from megatron_pipeweaver.semu.options import Attention
 from megatron_pipeweaver.semu.presets import module_preset, setup_preset
-from megatron_pipeweaver.semu.strategies import LayerStrategy
 from tests.unit.cli.test_main import error_of
 
 EXAMPLE = Path(__file__).parents[3] / "benchmarks" / "semu_tune" / "vlm-m-64.json"

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.semu.architecture import LayerSpec
 from megatron_pipeweaver.semu.interface import Load
 from megatron_pipeweaver.semu.layers import transformer_layer
 from megatron_pipeweaver.semu.options import RunOptions
-from megatron_pipeweaver.semu.strategies import LayerStrategy, held_tensors, recomputed
+from megatron_pipeweaver.semu.strategies import held_tensors, recomputed
 from megatron_pipeweaver.semu.work import Phase, Subgraph
 
 megatron_layers = pytest.importorskip("tests.unit.semu.megatron_layers")

@@ -4,6 +4,7 @@ import pytest
 
 from megatron_pipeweaver.ir.cluster import ParallelSizes
 from megatron_pipeweaver.ir.lmm import ModelSpec
+from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.partition.chunks import make_layout
 from megatron_pipeweaver.semu.architecture import layer_spec
 from megatron_pipeweaver.semu.devices import load_device
@@ -16,7 +17,7 @@ from megatron_pipeweaver.semu.options import RunOptions
 from megatron_pipeweaver.semu.presets import module_preset
 from megatron_pipeweaver.semu.stages import stage_parts
 from megatron_pipeweaver.semu.step import forward_flops
-from megatron_pipeweaver.semu.strategies import LayerStrategy, held_tensors, recomputed
+from megatron_pipeweaver.semu.strategies import held_tensors, recomputed
 from megatron_pipeweaver.semu.training import forward_graph
 from megatron_pipeweaver.semu.work import OperatorClass, Phase, Queue, Subgraph
 

@@ -3,13 +3,13 @@ import pytest
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.cluster import ParallelSizes
 from megatron_pipeweaver.ir.lmm import LayerOptions, ModuleKind, ModuleSpec
+from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.semu.architecture import layer_spec
 from megatron_pipeweaver.semu.devices import load_device
 from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.layers import transformer_layer
 from megatron_pipeweaver.semu.model import AnalyticCostModel
 from megatron_pipeweaver.semu.options import Attention, RunOptions
-from megatron_pipeweaver.semu.strategies import LayerStrategy
 from megatron_pipeweaver.semu.work import Phase
 
 LOAD = Load(sequence=256, batch=2, lengths=(256, 256), output_tokens=128)
