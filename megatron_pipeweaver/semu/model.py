@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from megatron_pipeweaver import __version__
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.lmm import ModuleSpec
 from megatron_pipeweaver.ir.problem import Strategy
-from megatron_pipeweaver.ir.strategy import LayerStrategy
+from megatron_pipeweaver.ir.strategy import LayerStrategy, layer_strategies
 from megatron_pipeweaver.semu.cost import CostRule, OperatorCosts
 from megatron_pipeweaver.semu.devices import DeviceProfile
 from megatron_pipeweaver.semu.graph import Memory, Store, emulate
 from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.options import Attention, RunOptions
 from megatron_pipeweaver.semu.reuse import DiskCache, Reuse, content_key
+from megatron_pipeweaver.semu.stage_costs import GraphCost, StageCosts, StagePart
 from megatron_pipeweaver.semu.stages import Part, canonical_stage, splits_context, stage_parts
 from megatron_pipeweaver.semu.strategies import held_tensors, recomputed
 from megatron_pipeweaver.semu.training import backward_graph, forward_graph
@@ -23,35 +24,6 @@ from megatron_pipeweaver.semu.work import NO_WORK, OperatorClass, Phase, Queue, 
 
 DEFAULT_STRATEGIES = (LayerStrategy.KEEP, LayerStrategy.RECOMPUTE)
 _MEMORY = Memory(0, Store.DEVICE)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GraphCost:
-    """One subgraph on one rank, under one strategy.
-
-    `backward_ns` holds input gradients and all that runs again, `weight_grad_ns` the weight
-    gradients; their sum is the backward in one piece. `held_bytes` stay from the forward to the
-    backward, on the device or, for `host_bytes`, in host memory, which takes `copy_ns` each way.
-    `exposed_forward_ns` and `exposed_backward_ns` are the parts of the forward and of the whole
-    backward in which compute waits for communication. The peaks are those of this subgraph alone,
-    what it holds included.
-    """
-
-    forward_ns: int
-    backward_ns: int
-    weight_grad_ns: int
-    held_bytes: int
-    host_bytes: int
-    copy_ns: int
-    exposed_forward_ns: int
-    exposed_backward_ns: int
-    forward_peak_bytes: int
-    backward_peak_bytes: int
-
-    @property
-    def working_bytes(self) -> int:
-        """What is needed for a while on top of `held_bytes`."""
-        return max(self.forward_peak_bytes, self.backward_peak_bytes) - self.held_bytes
 
 
 class AnalyticCostModel:
@@ -153,17 +125,20 @@ class AnalyticCostModel:
         stage = canonical_stage(module, stage)
         both = self.reuse.get(
             (self._context, "exposed", module, stage, load, strategy),
-            lambda: self._exposed_both_ns(stage_parts(module, stage, load), strategy),
+            lambda: self._exposed_both_ns(stage_parts(module, stage, load), stage.layers, strategy),
         )
         return both[backward]
 
-    def _exposed_both_ns(self, parts: tuple[Part, ...], strategy: str) -> tuple[int, int]:
+    def _exposed_both_ns(
+        self, parts: tuple[Part, ...], layers: int, strategy: str
+    ) -> tuple[int, int]:
+        choice = iter(layer_strategies(strategy, layers))
         forward_ns = backward_ns = 0
         for part in parts:
-            chosen = LayerStrategy(strategy) if part.is_layer else LayerStrategy.KEEP
-            cost = self.part_cost(part, chosen)
-            forward_ns += part.copies * cost.exposed_forward_ns
-            backward_ns += part.copies * cost.exposed_backward_ns
+            for _ in range(part.copies):
+                cost = self.part_cost(part, next(choice) if part.is_layer else LayerStrategy.KEEP)
+                forward_ns += cost.exposed_forward_ns
+                backward_ns += cost.exposed_backward_ns
         return forward_ns, backward_ns
 
     def part_cost(self, part: Part, strategy: LayerStrategy = LayerStrategy.KEEP) -> GraphCost:
@@ -232,44 +207,71 @@ class AnalyticCostModel:
     def _stage_strategies(
         self, module: ModuleSpec, stage: StageShape, load: Load
     ) -> tuple[Strategy, ...]:
-        parts = stage_parts(module, stage, load)
+        costs = self._stage_costs(module, stage, load)
         candidates = self.strategies if stage.layers else DEFAULT_STRATEGIES[:1]
-        return tuple(self._stage_strategy(module, load, parts, strategy) for strategy in candidates)
+        return tuple(costs.uniform(strategy) for strategy in candidates)
 
-    def _stage_strategy(
-        self, module: ModuleSpec, load: Load, parts: tuple[Part, ...], strategy: LayerStrategy
-    ) -> Strategy:
-        """One strategy in all layers of a stage; what is no layer keeps everything."""
-        between_forward = self.profile.layer_forward_ns
-        between_backward = self.profile.layer_backward_ns
-        forward_ns = backward_ns = weight_grad_ns = held = copies_ns = fetch_ns = 0
-        for part in parts:
-            cost = self.part_cost(part, strategy if part.is_layer else LayerStrategy.KEEP)
-            forward_ns += part.copies * cost.forward_ns
-            backward_ns += part.copies * cost.backward_ns
-            if part.is_layer:
-                again = strategy is LayerStrategy.RECOMPUTE
-                forward_ns += part.copies * between_forward
-                backward_ns += part.copies * (between_backward + again * between_forward)
-            weight_grad_ns += part.copies * cost.weight_grad_ns
-            held += part.copies * cost.held_bytes
-            copies_ns += part.copies * cost.copy_ns
-            fetch_ns = cost.copy_ns or fetch_ns
-        # Copies hide behind the compute of other layers; the first one that the backward needs
-        # comes before anything that it could hide behind.
-        exposed_ns = max(0, copies_ns - backward_ns - weight_grad_ns, fetch_ns)
-        context = sum(load.context_lengths) * (module.layer.context_size or 0)
+    def layer_strategies(
+        self,
+        module: ModuleSpec,
+        stage: StageShape,
+        load: Load,
+        strategies: Sequence[LayerStrategy] = tuple(LayerStrategy),
+    ) -> StageCosts:
+        """A stage pair on one rank, layer by layer: each one's costs under each of `strategies`.
+
+        Times are exact FLOPs and bytes through the roofline, as in `stage_strategies`; a mixture
+        is made by `StageCosts.strategy`.
+        """
+        stage = canonical_stage(module, stage)
+        candidates = tuple(strategies)
+        return self.reuse.get(
+            (self._context, "layers", module, stage, load, candidates),
+            lambda: self._stage_costs(module, stage, load, candidates),
+        )
+
+    def _stage_costs(
+        self,
+        module: ModuleSpec,
+        stage: StageShape,
+        load: Load,
+        strategies: tuple[LayerStrategy, ...] | None = None,
+    ) -> StageCosts:
+        candidates = self.strategies if strategies is None else strategies
         shards = _sequence_shards(self.options)
         if splits_context(module):
             shards *= self.options.parallel.context
-        hidden = load.tokens * module.hidden_size // shards
-        return Strategy(
-            name=strategy.value,
-            forward_ns=max(forward_ns, copies_ns),
-            backward_ns=backward_ns + exposed_ns,
-            weight_grad_ns=0 if module.frozen else weight_grad_ns,
-            memory_bytes=max(held, hidden * self.options.element_bytes)
-            + context * self.options.element_bytes,
+        size = self.options.element_bytes
+        return StageCosts(
+            parts=tuple(
+                self._stage_part(part, candidates) for part in stage_parts(module, stage, load)
+            ),
+            input_bytes=load.tokens * module.hidden_size // shards * size,
+            context_bytes=sum(load.context_lengths) * (module.layer.context_size or 0) * size,
+            frozen=module.frozen,
+        )
+
+    def _stage_part(self, part: Part, strategies: tuple[LayerStrategy, ...]) -> StagePart:
+        if not part.is_layer:
+            strategies = (LayerStrategy.KEEP,)
+        return StagePart(
+            copies=part.copies,
+            is_layer=part.is_layer,
+            costs={one: self._layer_cost(part, one) for one in strategies},
+        )
+
+    def _layer_cost(self, part: Part, strategy: LayerStrategy) -> GraphCost:
+        """The cost of a part, and for a layer what the framework spends between its operators."""
+        cost = self.part_cost(part, strategy)
+        forward_ns = self.profile.layer_forward_ns if part.is_layer else 0
+        backward_ns = self.profile.layer_backward_ns if part.is_layer else 0
+        if not forward_ns and not backward_ns:
+            return cost
+        again = forward_ns if strategy is LayerStrategy.RECOMPUTE else 0
+        return replace(
+            cost,
+            forward_ns=cost.forward_ns + forward_ns,
+            backward_ns=cost.backward_ns + backward_ns + again,
         )
 
 
