@@ -22,6 +22,7 @@ from megatron_pipeweaver.ir.lmm import (
     ModuleSpec,
 )
 from megatron_pipeweaver.ir.strategy import LayerStrategy
+from megatron_pipeweaver.partition.candidates import DEFAULT_CANDIDATES
 from megatron_pipeweaver.partition.tune import Job
 from megatron_pipeweaver.semu.devices import DeviceProfile, load_device, shipped_devices
 from megatron_pipeweaver.semu.memory import OptimizerOptions
@@ -39,6 +40,7 @@ _OPTIONAL = frozenset(
         "options",
         "optimizer",
         "strategies",
+        "candidates",
         "sub_microbatch",
         "segments",
     }
@@ -122,6 +124,7 @@ def load_job(path: Path) -> JobFile:
         options=replace(options, parallel=parallel),
         optimizer=_built(root, "optimizer", OptimizerOptions, _OPTIMIZER_READERS),
         strategies=_strategies(root.get("strategies")),
+        candidates=_candidates(root.get("candidates")),
         sub_microbatch=_by_module(root.get("sub_microbatch"), model.modules[:-1]),
         segments=_by_module(root.get("segments"), model.modules),
     )
@@ -235,6 +238,10 @@ def _strategies(node: JsonNode | None) -> tuple[LayerStrategy, ...]:
     if not found or len(set(found)) != len(found):
         node.fail("must name at least one strategy, and each once")
     return found
+
+
+def _candidates(node: JsonNode | None) -> int:
+    return DEFAULT_CANDIDATES if node is None else node.integer(minimum=2)
 
 
 def _by_module(node: JsonNode | None, modules: tuple[ModuleSpec, ...]) -> dict[str, int]:

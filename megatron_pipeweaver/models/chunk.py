@@ -103,10 +103,10 @@ class ModelChunk(MegatronModule, abc.ABC):  # type: ignore[misc]
         self._items = slice(one.payload.item_start, one.payload.item_stop)
 
     def set_strategy(self, name: str) -> None:
-        """Under which memory strategy the next forwards run (`strategy.recomputed_layers`)."""
+        """Under which memory strategy the next forwards run (`ir.strategy`)."""
         recomputed = recomputed_layers(name, len(self.layers))
-        for index, layer in enumerate(self.layers):
-            layer.recompute = index < recomputed
+        for layer, again in zip(self.layers, recomputed, strict=True):
+            layer.recompute = again
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Run one stage of one pass, on the inputs and the pass that were set.

@@ -6,7 +6,6 @@ forward and baked into that forward's graph (paper, section 5).
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -15,41 +14,27 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.ir.strategy import LayerStrategy, layer_strategies
 
-KEEP = "keep"
-"""Every layer keeps what its backward needs."""
-RECOMPUTE = "recompute"
-"""Every layer keeps its input alone and runs its forward again in front of its backward."""
-
-_FIRST_LAYERS = re.compile(r"recompute_(\d+)_of_(\d+)")
+RUNS = (LayerStrategy.KEEP, LayerStrategy.RECOMPUTE)
+"""What a layer can do at run time."""
 
 
-def recomputed_layers(strategy: str, layers: int) -> int:
-    """How many of a chunk's `layers` layers, from the first on, `strategy` recomputes.
-
-    Args:
-        strategy: ``keep``, ``recompute``, or ``recompute_2_of_8``: the first 2 of 8 layers.
-        layers: the layers of the chunk.
+def recomputed_layers(name: str, layers: int) -> tuple[bool, ...]:
+    """Which of a chunk's `layers` layers strategy `name` recomputes (names: `ir.strategy`).
 
     Raises:
-        ConfigError: there is no such strategy, or it is one of a chunk with other layers.
+        ConfigError: there is no such strategy, or it is one of a chunk with other layers, or a
+            layer does what it cannot do at run time.
     """
-    whole = {KEEP: 0, RECOMPUTE: layers}
-    if strategy in whole:
-        return whole[strategy]
-    match = _FIRST_LAYERS.fullmatch(strategy)
-    if match is None:
-        raise ConfigError(
-            f"memory strategy {strategy!r}: unknown; give {KEEP!r}, {RECOMPUTE!r} or "
-            "'recompute_<layers>_of_<layers of the chunk>'"
-        )
-    recomputed, of = int(match[1]), int(match[2])
-    if of != layers or recomputed > of:
-        raise ConfigError(
-            f"memory strategy {strategy!r}: does not fit a chunk of {layers} layers; "
-            f"give 'recompute_<0 to {layers}>_of_{layers}'"
-        )
-    return recomputed
+    found = layer_strategies(name, layers)
+    for one in found:
+        if one not in RUNS:
+            raise ConfigError(
+                f"memory strategy {name!r}: layers cannot {one.value!r} at run time; "
+                f"plan with {[each.value for each in RUNS]}"
+            )
+    return tuple(one is LayerStrategy.RECOMPUTE for one in found)
 
 
 class StrategyLayer(TransformerLayer):  # type: ignore[misc]

@@ -14,6 +14,7 @@ from megatron_pipeweaver.ir.lmm import ModelSpec
 from megatron_pipeweaver.ir.problem import PassKey, Problem
 from megatron_pipeweaver.ir.schedule import Schedule
 from megatron_pipeweaver.ir.strategy import LayerStrategy
+from megatron_pipeweaver.partition.candidates import DEFAULT_CANDIDATES, PerLayerCosts
 from megatron_pipeweaver.partition.offline import Partition, partition_model
 from megatron_pipeweaver.partition.workload import loads, make_workload
 from megatron_pipeweaver.semu.devices import DeviceProfile
@@ -40,8 +41,8 @@ class Job:
     """What is trained on what: the part of a run that tuning does not change.
 
     `microbatches` are a typical global batch, dealt to the data-parallel replicas in turn.
-    `strategies` are the candidates of every layer; `sub_microbatch` and `segments` fix B_i and K_i
-    of the modules that they name.
+    `strategies` are what every layer may do, `candidates` how many mixtures of them a stage pair
+    chooses from (S); `sub_microbatch` and `segments` fix B_i and K_i of the modules that they name.
     """
 
     model: ModelSpec
@@ -50,6 +51,7 @@ class Job:
     options: RunOptions
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     strategies: tuple[LayerStrategy, ...] = DEFAULT_STRATEGIES
+    candidates: int = DEFAULT_CANDIDATES
     sub_microbatch: Mapping[str, int] = field(default_factory=dict)
     segments: Mapping[str, int] = field(default_factory=dict)
 
@@ -192,7 +194,7 @@ def evaluate(
         job.model,
         cut.layout,
         cut.sub_microbatch,
-        costs,
+        PerLayerCosts(costs, job.strategies, job.candidates),
         capacity,
         parallel=parallel,
         element_bytes=options.element_bytes,

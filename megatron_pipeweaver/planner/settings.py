@@ -12,6 +12,7 @@ from megatron_pipeweaver.ir.json_reader import parse_json
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec
 from megatron_pipeweaver.ir.strategy import LayerStrategy
+from megatron_pipeweaver.partition.candidates import DEFAULT_CANDIDATES, PerLayerCosts
 from megatron_pipeweaver.planner.codec import from_json, to_json
 from megatron_pipeweaver.planner.planner import Planner
 from megatron_pipeweaver.semu.devices import DeviceProfile
@@ -22,15 +23,20 @@ from megatron_pipeweaver.semu.options import RunOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostSettings:
-    """SEMU's analytic cost model: the device, how layers run on it, what they may keep."""
+    """SEMU's analytic cost model: the device, how layers run on it, what each of them may keep.
+
+    `candidates` is the paper's S: how many ways to run a stage pair the search chooses from.
+    """
 
     device: DeviceProfile
     options: RunOptions
     strategies: tuple[LayerStrategy, ...] = DEFAULT_STRATEGIES
+    candidates: int = DEFAULT_CANDIDATES
 
-    def make(self) -> AnalyticCostModel:
+    def make(self) -> CostModel:
         """The cost model."""
-        return AnalyticCostModel(self.device, self.options, strategies=self.strategies)
+        analytic = AnalyticCostModel(self.device, self.options, strategies=self.strategies)
+        return PerLayerCosts(analytic, self.strategies, self.candidates)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -204,6 +204,7 @@ def changed(**changes: object) -> dict[str, object]:
         ({"parallel": {"pipeline": 0}}, "$.parallel.pipeline: is 0; it must be at least 1"),
         ({"options": {"attention": "fast"}}, "$.options.attention: is 'fast'; it must be one of"),
         ({"strategies": []}, "$.strategies: must name at least one strategy, and each once"),
+        ({"candidates": 1}, "$.candidates: is 1; it must be at least 2"),
         ({"strategies": ["forget"]}, "$.strategies[0]: is 'forget'; it must be one of ['keep',"),
         ({"segments": {"audio": 1}}, "$.segments: names ['audio']; it takes ['vision', 'lang"),
         ({"sub_microbatch": {"language": 1}}, "$.sub_microbatch: names ['language']; it takes"),

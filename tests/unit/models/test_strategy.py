@@ -15,32 +15,33 @@ LAYOUT = cut(2, vision=[2, 1], language=[1, 1, 3, 0])
 @pytest.mark.parametrize(
     ("name", "layers", "expected"),
     [
-        ("keep", 8, 0),
-        ("recompute", 8, 8),
-        ("recompute", 0, 0),
-        ("recompute_2_of_8", 8, 2),
-        ("recompute_0_of_3", 3, 0),
-        ("recompute_3_of_3", 3, 3),
+        ("keep", 2, (False, False)),
+        ("recompute", 2, (True, True)),
+        ("recompute", 0, ()),
+        ("recompute*1+keep*2", 3, (True, False, False)),
+        ("keep*1+recompute*1+keep*1", 3, (False, True, False)),
     ],
 )
 def test_strategy_names(name, layers, expected):
     assert recomputed_layers(name, layers) == expected
 
 
-@pytest.mark.parametrize("name", ["", "Keep", "recompute_", "recompute_2", "offload"])
-def test_unknown_strategies_are_refused(name):
-    with pytest.raises(ConfigError, match=f"{name!r}: unknown"):
+@pytest.mark.parametrize("name", ["offload", "recompute_norm*1+keep*3"])
+def test_what_layers_cannot_do_is_refused(name):
+    with pytest.raises(ConfigError, match="at run time; plan with"):
         recomputed_layers(name, 4)
 
 
-@pytest.mark.parametrize("name", ["recompute_2_of_8", "recompute_5_of_4"])
+@pytest.mark.parametrize("name", ["recompute*2+keep*6", "recompute_2_of_4"])
 def test_strategies_of_another_chunk_are_refused(name):
-    with pytest.raises(ConfigError, match="does not fit a chunk of 4 layers"):
+    with pytest.raises(ConfigError, match="memory strategy"):
         recomputed_layers(name, 4)
 
 
 def names_of(strategy: str, layers: int) -> str:
-    return f"recompute_{layers // 2}_of_{layers}" if strategy == "half" else strategy
+    if strategy != "half" or layers < 2:
+        return "keep" if strategy == "half" else strategy
+    return f"recompute*{layers // 2}+keep*{layers - layers // 2}"
 
 
 def train(model: Model, strategy: str) -> tuple[Tensor, dict[str, Tensor], int]:
