@@ -71,6 +71,8 @@ class Evaluator {
 
   const SearchOptions& options() const { return options_; }
   i32 thread() const { return thread_; }
+  Decoder& decoder() { return decoder_; }
+  Timer& timer() { return timer_; }
 
  private:
   i64 elapsed() const;

@@ -23,7 +23,10 @@ constexpr double kPortfolio = 0.6;  // of the time goes to recipes
 class Worker {
  public:
   Worker(const Model& model, Evaluator& evaluator, Random& random)
-      : m_(model), evaluator_(evaluator), random_(random), kitchen_(model) {}
+      : m_(model),
+        evaluator_(evaluator),
+        random_(random),
+        kitchen_(model, evaluator.decoder(), evaluator.timer()) {}
 
   void run() {
     if (m_.pairs > 0) anneal(portfolio());
