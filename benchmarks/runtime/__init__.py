@@ -1,0 +1,1 @@
+"""What the runtime costs: per action, per verification, and against Megatron's own schedules."""
