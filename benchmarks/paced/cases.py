@@ -12,6 +12,7 @@ from megatron_pipeweaver.config import SearchConfig
 from megatron_pipeweaver.ir.batch import BatchMetadata, Item, MicrobatchMetadata
 from megatron_pipeweaver.ir.plan import PassPayload, Plan, VerifiedPlan
 from megatron_pipeweaver.ir.problem import Problem
+from megatron_pipeweaver.partition.candidates import PerLayerCosts
 from megatron_pipeweaver.partition.offline import Partition, partition_model
 from megatron_pipeweaver.partition.tune import Job, working_bytes
 from megatron_pipeweaver.planner.planner import Planner
@@ -57,9 +58,7 @@ def draw_batches(setup: str, count: int, microbatches: int, seed: int) -> tuple[
     """Dynamic batches: every microbatch has its own number of images, or of clips."""
     source = random.Random(f"{setup}:{seed}")
     return tuple(
-        BatchMetadata(
-            microbatches=tuple(_microbatch(setup, source) for _ in range(microbatches))
-        )
+        BatchMetadata(microbatches=tuple(_microbatch(setup, source) for _ in range(microbatches)))
         for _ in range(count)
     )
 
@@ -135,7 +134,7 @@ def _planned(
     planner = Planner(
         model=job.model,
         layout=cut.layout,
-        costs=costs,
+        costs=PerLayerCosts(costs, job.strategies, job.candidates),
         sub_microbatch=cut.sub_microbatch,
         memory_capacity_bytes=_capacity_bytes(job, costs, batches, cut),
         dtypes={one.name: "bfloat16" for one in job.model.modules},

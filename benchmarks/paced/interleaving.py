@@ -55,11 +55,7 @@ def interleaved_order(
         ]
         warm_up = 2 * (pipeline_size - rank - 1) + (chunks - 1) * pipeline_size
         ahead = min(len(table), warm_up)
-        steady = [
-            op
-            for pair in zip(forwards[ahead:], backwards, strict=False)
-            for op in pair
-        ]
+        steady = [op for pair in zip(forwards[ahead:], backwards, strict=False) for op in pair]
         rest = backwards[len(table) - ahead :]
         ranks.append((*forwards[:ahead], *steady, *rest))
     return tuple(ranks)

@@ -116,9 +116,7 @@ class _PacedStages:
             forward_ns=found.forward_ns,
             backward_ns=found.backward_ns + found.weight_grad_ns,
             input_latencies_ns=tuple(
-                wait.latency_ns
-                for wait in dependencies(self._graph, forward)
-                if wait.carries_data
+                wait.latency_ns for wait in dependencies(self._graph, forward) if wait.carries_data
             ),
             gradient_latency_ns=self._graph.nodes[op.owner].p2p_latency_ns,
         )

@@ -106,9 +106,7 @@ def _write(path: Path, rows: list[Measured], scale: Fraction) -> None:
 def _summary(setup: str, rows: list[Measured]) -> str:
     """Mean measured times, ratios to PipeWeaver's, accuracy against the emulated times."""
     systems = list(dict.fromkeys(one.system for one in rows))
-    mean = {
-        name: fmean(one.measured_ns for one in rows if one.system == name) for name in systems
-    }
+    mean = {name: fmean(one.measured_ns for one in rows if one.system == name) for name in systems}
     accuracy = {
         name: min(
             1 - abs(one.measured_ns - one.emulated_ns) / one.emulated_ns

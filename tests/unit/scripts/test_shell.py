@@ -55,6 +55,20 @@ def test_no_python_is_said_plainly(script: str, bare_path: Path, tmp_path: Path)
         assert f"Python {version}: not on PATH and not under pyenv" in ended.stderr
 
 
+def test_without_a_gpu_the_check_says_so_in_one_line(tmp_path: Path) -> None:
+    add_program(tmp_path / "env/bin", "python", "exit 1")
+    ended = run_bash(
+        str(REPO / "scripts/gpu_check.sh"),
+        str(tmp_path / "env"),
+        path=os.environ["PATH"],
+        home=tmp_path,
+    )
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    (line,) = ended.stderr.splitlines()
+    assert "no GPU: torch.cuda.is_available() is false" in line
+
+
 def test_another_python_does_not_do(bare_path: Path, tmp_path: Path) -> None:
     add_program(bare_path, "python3", "exit 1")
     ended = run_bash(str(REPO / "scripts/test.sh"), "3.12", path=bare_path, home=tmp_path)
