@@ -36,6 +36,7 @@ class SampleOptions:
     patch_size: int
     max_images: int
     image_token: int
+    merge_size: int = 1
     mock: bool = False
 
     def __post_init__(self) -> None:
@@ -52,8 +53,8 @@ class SampleOptions:
 
     @property
     def tokens_per_image(self) -> int:
-        """Patches of an image, which are also its tokens."""
-        return (self.image_size // self.patch_size) ** 2
+        """Tokens that stand for an image: its patches, folded `merge_size` by `merge_size`."""
+        return (self.image_size // self.patch_size // self.merge_size) ** 2
 
 
 class Samples:

@@ -14,11 +14,11 @@ from megatron_pipeweaver.models.options import ModelOptions
 
 
 def build_projector(module: ModuleSpec, options: ModelOptions, groups: Any) -> Any:
-    """Megatron's two-layer projector from `hidden_size` into `output_size` of `module`."""
+    """Megatron's two-layer projector from `module`'s folded patches into its `output_size`."""
     return MultimodalProjector(
         projector_config(module, options),
         MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
         "mlp",
-        module.hidden_size,
+        module.hidden_size * module.patches_per_token,
         tp_group=groups.tp,
     )

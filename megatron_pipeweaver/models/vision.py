@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
@@ -34,6 +35,7 @@ class VisionChunk(ModelChunk):
         self._projection_name = f"{module.name}_projection"
         build = _first_model if place.is_first else _later_model
         self.add_module(self._model_name, build(setting))
+        self._folded = module.patches_per_token if place.is_last else 1
         if place.is_last and module.output_size is not None:
             projector = build_projector(module, setting.options, setting.groups)
             self.add_module(self._projection_name, projector)
@@ -55,6 +57,8 @@ class VisionChunk(ModelChunk):
             hidden_SBH = self._model(images_BCYX).permute(1, 0, 2).contiguous()
         else:
             hidden_SBH = run_block(self._model.decoder, self.only_input(inputs))
+        if self._folded > 1:
+            hidden_SBH = fold_patches(hidden_SBH, self._folded)
         projector = getattr(self, self._projection_name, None)
         output: Tensor = hidden_SBH if projector is None else projector(hidden_SBH)
         return output
@@ -69,6 +73,25 @@ class VisionChunk(ModelChunk):
         return images.to(self._model.conv1.weight.dtype)
 
 
+def fold_patches(hidden_SBH: Tensor, patches_per_token: int) -> Tensor:
+    """Square blocks of neighbouring patches side by side in one token.
+
+    Args:
+        hidden_SBH: a square grid of patches for each image, row by row.
+        patches_per_token: patches of a block, a square number; both sides of the grid are
+            multiples of the block's.
+
+    Returns:
+        The blocks row by row, ``[S / patches_per_token, B, patches_per_token * H]``; inside a
+        token, its patches row by row (Qwen2-VL's patch merger).
+    """
+    size_S, size_B, size_H = hidden_SBH.shape
+    side, block = math.isqrt(size_S), math.isqrt(patches_per_token)
+    grid = hidden_SBH.view(side // block, block, side // block, block, size_B, size_H)
+    blocks = grid.permute(0, 2, 4, 1, 3, 5)
+    return blocks.reshape(size_S // patches_per_token, size_B, patches_per_token * size_H)
+
+
 def _first_model(setting: ChunkSetting) -> Any:
     """Megatron's CLIP ViT with the chunk's layers and without class token."""
     module, options = setting.module, setting.options
@@ -76,6 +99,12 @@ def _first_model(setting: ChunkSetting) -> Any:
         raise ConfigError(
             f"module {module.name!r}: image_size {options.image_size} is not a multiple of "
             f"patch_size {module.patch_size}"
+        )
+    side, block = options.image_size // module.patch_size, math.isqrt(module.patches_per_token)
+    if block * block != module.patches_per_token or side % block:
+        raise ConfigError(
+            f"module {module.name!r}: patches_per_token {module.patches_per_token} does not divide "
+            f"{side} x {side} patches into squares; choose the square of a divisor of {side}"
         )
     norm = {} if uses_transformer_engine(options) else {"ln_pre_impl": WrappedTorchNorm}
     model = CLIPViTModel(

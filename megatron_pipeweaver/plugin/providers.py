@@ -97,10 +97,12 @@ class VisionLanguage:
         def read(microbatch: Mapping[str, Any]) -> MicrobatchMetadata:
             samples, length = microbatch["tokens"].shape
             images = len(microbatch["images"])
+            documents = microbatch.get("cu_seqlens")
             return MicrobatchMetadata(
                 sequence_length=length,
                 samples=samples,
                 items={VISION: (item,) * images} if images else {},
+                document_lengths=() if documents is None else tuple(documents.diff().tolist()),
             )
 
         return read
@@ -135,7 +137,7 @@ class VisionLanguage:
     @staticmethod
     def _item(args: argparse.Namespace) -> Item:
         patches = (args.img_h // args.patch_dim) ** 2
-        return Item(units=patches, tokens=patches)
+        return Item(units=patches, tokens=patches // args.spatial_merge_size**2)
 
 
 def add_vision_language_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -149,6 +151,12 @@ def add_vision_language_arguments(parser: argparse.ArgumentParser) -> argparse.A
         group.add_argument(
             flag, type=int, help=f"{what} That of the language model where left out."
         )
+    group.add_argument(
+        "--spatial-merge-size",
+        type=int,
+        default=1,
+        help="Fold squares of this many by this many patches into one token of the language model.",
+    )
     group.add_argument("--freeze-ViT", action="store_true", help="Do not train the ViT.")
     group.add_argument(
         "--max-images", type=int, default=4, help="Most images of a sample; 0 for text alone."
@@ -302,6 +310,7 @@ def _vision_spec(args: argparse.Namespace) -> ModuleSpec:
         output_size=args.hidden_size,
         projector_hidden_size=args.ffn_hidden_size,
         patch_size=args.patch_dim,
+        patches_per_token=args.spatial_merge_size**2,
     )
 
 

@@ -19,6 +19,7 @@ def one_process() -> Iterator[None]:
     with PatchSet(cpu_patches()):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         yield
         parallel_state.destroy_model_parallel()
         parallel_state.destroy_global_memory_buffer()

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.models.language import place_image_embeddings
+from megatron_pipeweaver.models.vision import fold_patches
 from tests.unit.models.examples import (
     IMAGE,
     TOKENS_PER_IMAGE,
@@ -75,6 +78,31 @@ def test_every_image_counts_where_it_stands(model):
     microbatch = batch(2)
     swapped = {**microbatch, "images": microbatch["images"].flip(0)}
     assert not torch.equal(model.run(microbatch), model.run(swapped))
+
+
+def test_squares_of_patches_become_one_token():
+    patches = torch.arange(16.0).view(16, 1, 1) + torch.tensor([0.0, 100.0]).view(1, 2, 1)
+    folded = fold_patches(patches, 4)
+    assert folded.shape == (4, 2, 4)
+    squares = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert folded[:, 0].tolist() == squares
+    assert folded[:, 1].tolist() == [[100 + one for one in square] for square in squares]
+
+
+def test_folded_patches_fill_fewer_positions(groups):
+    spec = vision_language()
+    vision = replace(spec.modules[0], patches_per_token=4)
+    model = Model(replace(spec, modules=(vision, spec.backbone)), LAYOUT, groups)
+    microbatch = batch(3, samples=2)
+    tokens = [[IMAGE, IMAGE, 1, 2], [3, IMAGE, 4, 5]]
+    microbatch |= {"tokens": torch.tensor(tokens), "labels": torch.zeros(2, 4, dtype=torch.int64)}
+    losses = model.run(microbatch, 2)
+    assert losses.shape == (2, 4)
+    torch.testing.assert_close(model.run(microbatch, 3), losses, rtol=1e-7, atol=1e-7)
+    microbatch["images"][2, ..., 3, 3] += 1.0
+    changed = model.run(microbatch)
+    torch.testing.assert_close(changed[0], losses[0])
+    assert not torch.allclose(changed[1], losses[1])
 
 
 def test_patches_attend_to_later_patches(model):
