@@ -62,6 +62,8 @@ def run() -> None:
         args_defaults={"tokenizer_type": "NullTokenizer", "dataloader_type": "external"},
     )
     data_provider.is_distributed = True  # type: ignore[attr-defined]
+    # Where Megatron is a fork that calls PipeWeaver itself (`patches/`).
+    model_provider.pipeweaver_family = FAMILY  # type: ignore[attr-defined]
     pretrain(
         pretrain_cfg_container_from_args(args),
         data_provider,
@@ -114,6 +116,7 @@ def sample_options(args: argparse.Namespace, seed: int) -> SampleOptions:
         patch_size=args.patch_dim,
         max_images=args.max_images,
         image_token=FAMILY.IMAGE_TOKEN,
+        merge_size=args.spatial_merge_size,
         mock=args.mock_data,
     )
 

@@ -50,6 +50,8 @@ def plan_batches(
 ) -> str:
     """Plan the first `count` batches of the first replica, and tell what came out.
 
+    Megatron is initialised already.
+
     Args:
         count: how many batches.
         args: Megatron's arguments.
@@ -93,7 +95,6 @@ def first_batches(
     )
     from megatron.training import training
 
-    training.initialize_megatron()
     args.iteration = 0
     training.update_train_iters(args)
     iterator = training.build_train_valid_test_data_iterators(data_provider)[0]

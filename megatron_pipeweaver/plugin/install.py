@@ -1,5 +1,8 @@
 """The only place that changes Megatron from outside.
 
+A fork that carries one of the patches of `patches/` asks for the schedule itself, and is left
+unchanged. Elsewhere:
+
 `get_forward_backward_func` picks one of three functions of its own module by name at each call.
 Replacing those three names therefore reaches every caller, however the function was imported, and
 leaves `get_forward_backward_func` itself, and every module that holds it, untouched.
@@ -8,6 +11,7 @@ leaves `get_forward_backward_func` itself, and every module that holds it, untou
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from megatron.core.pipeline_parallel import schedules
@@ -23,6 +27,9 @@ SCHEDULE_NAMES = (
     "forward_backward_pipelining_without_interleaving",
     "forward_backward_pipelining_with_interleaving",
 )
+
+FORK_HOOK = "pipeweaver_schedule"
+"""The name in `schedules` by which a patched fork asks for a schedule in place of its own."""
 
 
 class InstalledSchedule:
@@ -52,8 +59,14 @@ def install(schedule: PipeWeaverSchedule) -> None:
         UnsupportedMegatronError: this megatron-core version is not one PipeWeaver knows.
     """
     check_version()
-    if any(isinstance(getattr(schedules, name), InstalledSchedule) for name in SCHEDULE_NAMES):
+    installed = [getattr(schedules, name) for name in SCHEDULE_NAMES]
+    if getattr(schedules, FORK_HOOK, None) or any(
+        isinstance(one, InstalledSchedule) for one in installed
+    ):
         raise ConfigError("PipeWeaver is installed already; call uninstall() first")
+    if is_patched_fork():
+        setattr(schedules, FORK_HOOK, partial(InstalledSchedule, schedule))
+        return
     PatchSet(
         Patch(schedules, name, InstalledSchedule(schedule, getattr(schedules, name)))
         for name in SCHEDULE_NAMES
@@ -62,10 +75,17 @@ def install(schedule: PipeWeaverSchedule) -> None:
 
 def uninstall() -> None:
     """Give Megatron its own schedule functions back; does nothing where none was replaced."""
+    if is_patched_fork():
+        setattr(schedules, FORK_HOOK, None)
     for name in SCHEDULE_NAMES:
         installed = getattr(schedules, name)
         if isinstance(installed, InstalledSchedule):
             setattr(schedules, name, installed.original)
+
+
+def is_patched_fork() -> bool:
+    """Whether this Megatron carries a patch of `patches/`."""
+    return hasattr(schedules, FORK_HOOK)
 
 
 def run_on_cpu() -> PatchSet:

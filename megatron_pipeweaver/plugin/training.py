@@ -40,7 +40,7 @@ from megatron_pipeweaver.plugin.arguments import (
     settle_virtual_size,
 )
 from megatron_pipeweaver.plugin.dry_run import plan_batches, play_first_rank
-from megatron_pipeweaver.plugin.install import install, run_on_cpu, uninstall
+from megatron_pipeweaver.plugin.install import install, is_patched_fork, run_on_cpu, uninstall
 from megatron_pipeweaver.plugin.journal import Journal, megatron_writer
 from megatron_pipeweaver.plugin.patching import Patch, PatchSet
 from megatron_pipeweaver.plugin.providers import ModelFamily
@@ -90,11 +90,14 @@ def training_patches(family: ModelFamily) -> list[Patch]:
     from megatron.training import arguments, training
 
     pretrain = pretrain_hook(training.pretrain, family)
-    return [
+    hooks = [
         Patch(arguments, "add_megatron_arguments", parser_hook(arguments.add_megatron_arguments)),
         Patch(arguments, "validate_args", validation_hook(arguments.validate_args)),
         Patch(training, "pretrain", pretrain),
         Patch(megatron.training, "pretrain", pretrain),
+    ]
+    return [
+        *([] if is_patched_fork() else hooks),
         Patch(dataset_utils, "compile_helpers", built_helpers_hook(dataset_utils.compile_helpers)),
         *_cpu_training_patches(training),
     ]
@@ -137,7 +140,7 @@ def pretrain_hook(original: Callable[..., Any], family: ModelFamily) -> Callable
 
     @functools.wraps(original)
     def pretrain(*positional: Any, **named: Any) -> Any:
-        from megatron.training import get_args, print_rank_0
+        from megatron.training import get_args, print_rank_0, training
 
         args = get_args()
         ours = read_arguments(args)
@@ -148,6 +151,7 @@ def pretrain_hook(original: Callable[..., Any], family: ModelFamily) -> Callable
         settle_virtual_size(args, settings.layout.virtual_size)
         given = call.arguments
         if ours.dry_run is not None:
+            training.initialize_megatron()
             print_rank_0(
                 plan_batches(
                     ours.dry_run,

@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func 
 
 from megatron_pipeweaver.errors import ConfigError, UnsupportedMegatronError
 from megatron_pipeweaver.plugin.install import (
+    FORK_HOOK,
     SCHEDULE_NAMES,
     InstalledSchedule,
     install,
@@ -195,3 +196,17 @@ def test_run_on_cpu_is_undone():
 def test_the_installed_names_are_those_that_megatron_picks_from():
     picked = set(get_forward_backward_func.__code__.co_names)
     assert set(SCHEDULE_NAMES) <= picked
+
+
+def test_a_patched_fork_asks_for_the_schedule_and_is_left_unchanged(schedule, monkeypatch):
+    monkeypatch.setattr(schedules, FORK_HOOK, None, raising=False)
+    install(schedule)
+    assert all(getattr(schedules, name) is ORIGINALS[name] for name in SCHEDULE_NAMES)
+    chosen = get_forward_backward_func(pp_size=2)
+    found = getattr(schedules, FORK_HOOK)(chosen)
+    assert found(model=[Chunk()]) == ["ours"]
+    assert found.original is chosen
+    with pytest.raises(ConfigError, match="installed already"):
+        install(schedule)
+    uninstall()
+    assert getattr(schedules, FORK_HOOK) is None
