@@ -25,11 +25,7 @@ check ruff check .
 check mypy
 check lint-imports
 check clang-format --dry-run --Werror megatron_pipeweaver/csrc/*.[ch]pp
-if command -v shellcheck >/dev/null; then
-    check shellcheck -x -P SCRIPTDIR scripts/*.sh .ci/run
-else
-    say "shellcheck is not installed: shell scripts are not checked"
-fi
+check shellcheck -x -P SCRIPTDIR scripts/*.sh scripts/slurm/* .ci/run
 
 if [ ${#failed[@]} -gt 0 ]; then
     say "lint failed: $(printf '%s; ' "${failed[@]}")" >&2
