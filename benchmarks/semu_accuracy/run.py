@@ -1,181 +1,275 @@
-"""Predicted against measured stage pairs of real megatron-core layers on this CPU.
+"""Predicted against measured chunks of real megatron-core layers, on this machine.
 
-    OMP_NUM_THREADS=1 python benchmarks/semu_accuracy/run.py [--repeats 9] [-o result.md]
+    OMP_NUM_THREADS=1 python -m benchmarks.semu_accuracy.run --device cpu -o FILE
+    python -m benchmarks.semu_accuracy.run --device cuda --base H100 -o FILE
 
-Calibrates from single operators, then compares chunks of two layers at sizes that calibration
-never saw: forward and backward, medians of repeated runs. Times are processor times of one thread,
-so that other programs on the machine count as little as can be; a quiet machine is still better.
+Calibrates from single operators and from chunks at some sizes, then compares chunks (forward plus
+backward; ViT, language model, diffusion model; each strategy that megatron-core can run) at sizes
+that calibration never saw. All are measured in turn, round by round, so that a machine that drifts
+does so for calibration and comparison alike; medians over rounds count. On a CPU times are
+processor times of one thread, and the C library is told to keep freed memory, as torch's allocator
+does on a GPU.
 """
 
 import argparse
 import os
 import platform
 import statistics
-import time
-from dataclasses import replace
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.spec_utils import build_module
 
-from megatron_pipeweaver.ir.lmm import LayerOptions, ModuleKind, ModuleSpec
-from megatron_pipeweaver.plugin.cpu import cpu_patches
-from megatron_pipeweaver.plugin.patching import PatchSet
-from megatron_pipeweaver.semu.calibration import (
-    LayerSample,
-    calibrate,
-    measure,
-    with_layer_times,
+from benchmarks.semu_accuracy.chunks import (
+    LAYERS,
+    MIDDLE,
+    STRATEGIES,
+    Chunk,
+    ChunkCase,
+    Size,
+    cases,
+    load_of,
+    one_rank,
 )
+from megatron_pipeweaver.errors import PipeWeaverError
+from megatron_pipeweaver.ir.strategy import LayerStrategy
+from megatron_pipeweaver.semu.calibration import LayerSample, calibrate, with_layer_times
 from megatron_pipeweaver.semu.devices import load_device
-from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.model import AnalyticCostModel
 from megatron_pipeweaver.semu.options import RunOptions
+from megatron_pipeweaver.semu.probes import ProbeRounds
 
-LAYERS = 2
-WIDTH, HEADS, FFN = 192, 6, 768
-HELD_OUT = {"vision": [(49, 3), (100, 2), (196, 1)], "language": [(96, 1), (160, 1), (320, 1)]}
-LAYER_CALIBRATION = [(64, 2), (128, 1), (256, 1)]
-CALIBRATION = [
-    (32, 128),
-    (64, 192),
-    (96, 256),
-    (128, 128),
-    (192, 192),
-    (256, 256),
-    (384, 128),
-    (384, 256),
-]
+KEEP_FREED_MEMORY = {
+    # glibc would hand freed activations back to the system, and fault them in again.
+    "MALLOC_TRIM_THRESHOLD_": "4000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+}
+OPERATOR_SIZES = {
+    "cpu": [(rows, width) for width in (128, 192, 256) for rows in (32, 64, 96, 128, 192, 256)],
+    "cuda": [(rows, width) for width in (1280, 3072, 4096) for rows in (1024, 2048, 3072, 4096)],
+}
+MIB = 1 << 20
 
 
-def module(name: str) -> ModuleSpec:
-    kind = ModuleKind.VISION if name == "vision" else ModuleKind.LANGUAGE
-    return ModuleSpec(
-        name=name,
-        kind=kind,
-        layers=LAYERS,
-        hidden_size=WIDTH,
-        ffn_hidden_size=FFN,
-        attention_heads=HEADS,
-        kv_groups=HEADS,
-        layer=LayerOptions(rotary=False),
-    )
+@dataclass(slots=True)
+class Timed:
+    """One chunk at one size: its times over the rounds."""
+
+    case: ChunkCase
+    chunk: Chunk
+    size: Size
+    forward: list[int] = field(default_factory=list)
+    backward: list[int] = field(default_factory=list)
+
+    def both_ns(self) -> float:
+        """Median of forward plus backward."""
+        return statistics.median(map(sum, zip(self.forward, self.backward, strict=True)))
 
 
-def real_layers(name: str) -> list[torch.nn.Module]:
-    config = TransformerConfig(
-        num_layers=LAYERS,
-        hidden_size=WIDTH,
-        ffn_hidden_size=FFN,
-        num_attention_heads=HEADS,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        use_cpu_initialization=True,
-    )
-    make = get_vit_layer_with_local_spec if name == "vision" else get_gpt_layer_local_spec
+def options_of(device: str) -> RunOptions:
+    """How the local layers of megatron-core run: nothing fused."""
+    if device == "cpu":
+        return RunOptions.unfused()
+    return replace(RunOptions.unfused(element_bytes=2), mask_bytes=1)
+
+
+def predicted_ns(
+    costs: AnalyticCostModel, case: ChunkCase, size: Size, strategy: LayerStrategy
+) -> tuple[int, int]:
+    """Emulated forward and backward of a chunk."""
+    layers = costs.layer_strategies(case.module, MIDDLE, load_of(case, size), (strategy,))
+    one = layers.uniform(strategy)
+    return one.forward_ns, one.backward_ns + one.weight_grad_ns
+
+
+def predicted_bytes(
+    costs: AnalyticCostModel, case: ChunkCase, size: Size, strategy: LayerStrategy
+) -> tuple[int, int]:
+    """Emulated bytes that a chunk keeps, and those with the most that it works with."""
+    layers = costs.layer_strategies(case.module, MIDDLE, load_of(case, size), (strategy,)).layers
+    held = sum(layer[strategy].held_bytes for layer in layers)
+    return held, held + max(layer[strategy].working_bytes for layer in layers)
+
+
+def timed_rounds(rounds: int, probes: ProbeRounds, chunks: Sequence[Timed]) -> None:
+    """Every probe and every chunk once a round; the first round warms up."""
+    for number in range(rounds + 1):
+        probes.run()
+        for one in chunks:
+            forward, backward = one.chunk.time_ns(one.size, probes.clock)
+            if number:
+                one.forward.append(forward)
+                one.backward.append(backward)
+
+
+def layer_samples(costs: AnalyticCostModel, seen: Sequence[Timed]) -> list[LayerSample]:
+    """What calibration of layers is given: kept chunks at the sizes that it may see."""
     return [
-        build_module(make(), config=config, layer_number=number + 1).train()
-        for number in range(LAYERS)
+        LayerSample(
+            layers=LAYERS,
+            emulated_forward_ns=forward,
+            emulated_backward_ns=backward,
+            forward_ns=round(statistics.median(one.forward)),
+            backward_ns=round(statistics.median(one.backward)),
+        )
+        for one in seen
+        for forward, backward in [predicted_ns(costs, one.case, one.size, LayerStrategy.KEEP)]
     ]
 
 
-def time_chunk(
-    layers: list[torch.nn.Module], size: tuple[int, int], repeats: int
-) -> tuple[int, int]:
-    """Median forward and backward of a chunk."""
-    sequence, batch = size
-    mask = torch.ones(1, 1, sequence, sequence, dtype=torch.bool).triu(1)
-    forwards, backwards = [], []
-    for _ in range(repeats + 2):
-        hidden = torch.randn(sequence, batch, WIDTH).requires_grad_(True)
-        gradient = torch.randn(sequence, batch, WIDTH)
-        start = time.process_time_ns()
-        output = hidden
-        for layer in layers:
-            output = layer(output, attention_mask=mask)[0]
-        middle = time.process_time_ns()
-        output.backward(gradient)
-        forwards.append(middle - start)
-        backwards.append(time.process_time_ns() - middle)
-    return round(statistics.median(forwards[2:])), round(statistics.median(backwards[2:]))
+def table(header: str, rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    names = header.split(",")
+    lines = [names, ["---"] * len(names), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines] + [""]
 
 
-def predict(costs: AnalyticCostModel, name: str, size: tuple[int, int]) -> tuple[int, int]:
-    """Emulated forward and backward of the same chunk."""
-    sequence, batch = size
-    load = Load(sequence=sequence, batch=batch, lengths=(sequence,) * batch)
-    stage = StageShape(layers=LAYERS, is_first=False, is_last=False)
-    keep = costs.stage_strategies(module(name), stage, load)[0]
-    return keep.forward_ns, keep.backward_ns + keep.weight_grad_ns
+def accuracy(errors: Sequence[float]) -> str:
+    return f"{1 - statistics.mean(map(abs, errors)):.1%}"
 
 
-def main() -> None:
+def report(arguments: argparse.Namespace) -> str:
+    device = arguments.device
+    options = options_of(device)
+    sizes = OPERATOR_SIZES[device][:: 4 if arguments.small else 1]
+    base = load_device(arguments.base or "cpu")
+    plain = replace(base, layer_forward_ns=0, layer_backward_ns=0)
+    lines = [
+        f"{platform.machine()}, {os.cpu_count()} cores, {device}, torch {torch.__version__}, "
+        f"{arguments.repeats} rounds, load {os.getloadavg()[0]:.1f}"
+        + (f", {torch.cuda.get_device_name()}" if device == "cuda" else ", one thread"),
+        "",
+    ]
+    with one_rank(device):
+        chosen = cases(device, small=arguments.small)
+        probes = ProbeRounds(device, sizes, options=options)
+        made = {
+            (case.module.name, strategy): Chunk(case, device, strategy)
+            for case in chosen
+            for strategy in STRATEGIES
+        }
+        seen = [
+            Timed(case, made[case.module.name, LayerStrategy.KEEP], size)
+            for case in chosen
+            for size in case.seen
+        ]
+        held_out = [
+            Timed(case, made[case.module.name, strategy], size)
+            for strategy in STRATEGIES
+            for case in chosen
+            for size in case.held_out
+        ]
+        timed_rounds(arguments.repeats, probes, [*seen, *held_out])
+        fitted = calibrate(probes.samples(), plain)
+        lines += table(
+            "operator class,held-out error",
+            [[kind.value, f"{error:.1%}"] for kind, error in fitted.held_out_error.items()],
+        )
+        bare = AnalyticCostModel(fitted.profile, options)
+        costs = AnalyticCostModel(
+            with_layer_times(fitted.profile, layer_samples(bare, seen)), options
+        )
+        lines += time_lines(costs, held_out)
+        lines += memory_lines(costs, held_out)
+    return "\n".join(lines) + "\n"
+
+
+def time_lines(costs: AnalyticCostModel, held_out: Sequence[Timed]) -> list[str]:
+    rows = []
+    errors: dict[LayerStrategy, dict[str, list[float]]] = {}
+    for one in held_out:
+        strategy, name = one.chunk.strategy, one.case.module.name
+        predicted, measured = sum(predicted_ns(costs, one.case, one.size, strategy)), one.both_ns()
+        error = predicted / measured - 1
+        errors.setdefault(strategy, {}).setdefault(name, []).append(error)
+        rows.append(
+            [
+                strategy.value,
+                name,
+                f"{one.size[0]} x {one.size[1]}",
+                f"{measured / 1e6:.2f}",
+                f"{predicted / 1e6:.2f}",
+                f"{error:+.1%}",
+            ]
+        )
+    lines = table("strategy,chunk,sequence x batch,measured ms,predicted ms,error", rows)
+    for strategy, by_name in errors.items():
+        for name, some in by_name.items():
+            lines.append(f"- time, {strategy}, {name}: {accuracy(some)}")
+    kept = errors[LayerStrategy.KEEP]
+    pairs = [*kept["vision"], *kept["language"]]
+    everything = [
+        error for by_name in errors.values() for some in by_name.values() for error in some
+    ]
+    return [
+        *lines,
+        f"- **time, ViT and LM chunks, everything kept: {accuracy(pairs)}**",
+        f"- time, all chunks and strategies: {accuracy(everything)}",
+        "",
+    ]
+
+
+def memory_lines(costs: AnalyticCostModel, held_out: Sequence[Timed]) -> list[str]:
+    rows, errors = [], []
+    for one in held_out:
+        held, peak = predicted_bytes(costs, one.case, one.size, one.chunk.strategy)
+        found = one.chunk.weigh(one.size)
+        what, measured, predicted = (
+            ("kept", found.held_bytes, held)
+            if found.peak_bytes is None
+            else ("peak", found.peak_bytes, peak)
+        )
+        errors.append(predicted / measured - 1)
+        rows.append(
+            [
+                one.chunk.strategy.value,
+                one.case.module.name,
+                f"{one.size[0]} x {one.size[1]}",
+                what,
+                f"{measured / MIB:.2f}",
+                f"{predicted / MIB:.2f}",
+                f"{errors[-1]:+.1%}",
+            ]
+        )
+    header = "strategy,chunk,sequence x batch,memory,measured MiB,predicted MiB,error"
+    return [*table(header, rows), f"- **memory: {accuracy(errors)}**"]
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--base", help="profile with the device's data-sheet rates (cuda)")
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--small", action="store_true", help="few sizes, to try the script out")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("semu_accuracy: this machine has no CUDA device; use --device cpu", file=sys.stderr)
+        return 2
+    if arguments.device == "cuda" and arguments.base is None:
+        print("semu_accuracy: --device cuda needs --base, such as H100", file=sys.stderr)
+        return 2
+    if arguments.device == "cpu" and not os.environ.keys() >= KEEP_FREED_MEMORY.keys():
+        # The allocator reads them when a process starts.
+        os.execve(
+            sys.executable,
+            [sys.executable, *sys.orig_argv[1:]],
+            {**os.environ, **KEEP_FREED_MEMORY},
+        )
     torch.set_num_threads(1)
-    samples = measure(sizes=CALIBRATION, repeats=arguments.repeats)
-    plain = replace(load_device("cpu"), layer_forward_ns=0, layer_backward_ns=0)
-    fitted = calibrate(samples, plain)
-    lines = [
-        f"{platform.machine()}, {os.cpu_count()} cores, one thread, torch {torch.__version__}, "
-        f"load {os.getloadavg()[0]:.1f}, {arguments.repeats} repeats",
-        "",
-        "| operator class | held-out error |",
-        "|---|---|",
-        *(f"| {kind} | {error:.1%} |" for kind, error in fitted.held_out_error.items()),
-        "",
-        "| chunk | sequence x batch | measured ms | predicted ms | error |",
-        "|---|---|---|---|---|",
-    ]
-    errors = []
-    with PatchSet(cpu_patches()):
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        parallel_state.initialize_model_parallel(1, 1)
-        model_parallel_cuda_manual_seed(1)
-        chunks = {name: real_layers(name) for name in HELD_OUT}
-        bare = AnalyticCostModel(fitted.profile, RunOptions.unfused())
-        seen = [
-            LayerSample(
-                layers=LAYERS,
-                emulated_forward_ns=predict(bare, name, size)[0],
-                emulated_backward_ns=predict(bare, name, size)[1],
-                forward_ns=forward,
-                backward_ns=backward,
-            )
-            for name, layers in chunks.items()
-            for size in LAYER_CALIBRATION
-            for forward, backward in [time_chunk(layers, size, arguments.repeats)]
-        ]
-        costs = AnalyticCostModel(with_layer_times(fitted.profile, seen), RunOptions.unfused())
-        for name, sizes in HELD_OUT.items():
-            for size in sizes:
-                predicted = sum(predict(costs, name, size))
-                measured = sum(time_chunk(chunks[name], size, arguments.repeats))
-                errors.append(abs(predicted - measured) / measured)
-                lines.append(
-                    f"| {name} | {size[0]} x {size[1]} | {measured / 1e6:.2f} "
-                    f"| {predicted / 1e6:.2f} | {predicted / measured - 1:+.1%} |"
-                )
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
-    lines += ["", f"mean accuracy {1 - statistics.mean(errors):.1%}"]
-    text = "\n".join(lines) + "\n"
+    try:
+        text = report(arguments)
+    except PipeWeaverError as error:
+        print(f"semu_accuracy: {error}", file=sys.stderr)
+        return 2
     print(text)
     if arguments.output:
         arguments.output.write_text(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

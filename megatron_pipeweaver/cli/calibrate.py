@@ -8,8 +8,9 @@ from pathlib import Path
 from megatron_pipeweaver.cli.files import refuse_bad_outputs
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.json_reader import write_whole
-from megatron_pipeweaver.semu.calibration import calibrate, measure, sizes_for
+from megatron_pipeweaver.semu.calibration import calibrate
 from megatron_pipeweaver.semu.devices import load_device, profile_to_json
+from megatron_pipeweaver.semu.probes import measure, sizes_for
 from megatron_pipeweaver.view.report import format_table
 from megatron_pipeweaver.view.units import percent
 

@@ -36,15 +36,17 @@ def to_bytes(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
 
-def check_format(root: JsonNode, expected: str, keys: set[str]) -> JsonNode:
-    """`root`, known to be an object of the `expected` format with exactly these other `keys`."""
+def check_format(
+    root: JsonNode, expected: str, keys: set[str], optional: set[str] | None = None
+) -> JsonNode:
+    """`root`, known to be an object of the `expected` format with these other `keys` alone."""
     # The format first: a file of another format should be told so, not which keys it lacks.
     found = root.get("format")
     if found is None:
         root.fail(f"key 'format' is missing; add it ({expected!r})")
     if found.text() != expected:
         found.fail(f"is {found.text()!r}; this reader takes {expected!r}")
-    return root.keys(frozenset(keys | {"format"}))
+    return root.keys(frozenset(keys | {"format"}), frozenset(optional or ()))
 
 
 # --- problem -------------------------------------------------------------------------------------

@@ -40,10 +40,13 @@ def cross_pairs(load: Load, kind: Attention) -> int:
     """Query-key pairs of cross-attention, per head.
 
     Every sequence reads its own context where there is one each, the whole context otherwise.
+    Dense attention does so row by row of the batch, padding included.
     """
     context = load.context_lengths
     if kind is Attention.FLASH and len(context) == len(load.lengths):
         return sum(own * other for own, other in zip(load.lengths, context, strict=True))
+    if len(context) == load.batch:
+        return load.sequence * sum(context)
     return load.tokens * sum(context)
 
 

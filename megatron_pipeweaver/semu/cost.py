@@ -56,18 +56,17 @@ class OperatorCosts:
             found = rule(operator, phase)
             if found is not None:
                 return found
-        found = self.work_ns(work, operator.kind, operator.queue)
-        factors = self._profile.factors_of(operator.kind)
-        stretch = {
-            Phase.FORWARD: _PERMILLE,
-            Phase.INPUT_GRAD: factors.input_grad_permille,
-            Phase.WEIGHT_GRAD: factors.weight_grad_permille,
-        }
-        return ceil_div(found * stretch[phase], _PERMILLE)
+        return self.work_ns(work, operator.kind, operator.queue, phase)
 
-    def work_ns(self, work: Work, kind: OperatorClass, queue: Queue = Queue.COMPUTE) -> int:
+    def work_ns(
+        self,
+        work: Work,
+        kind: OperatorClass,
+        queue: Queue = Queue.COMPUTE,
+        phase: Phase = Phase.FORWARD,
+    ) -> int:
         """Roofline latency of `work`, in nanoseconds."""
-        factors = self._profile.factors_of(kind)
+        factors = self._profile.factors_of(kind).of(phase)
         return work.kernels * factors.overhead_ns + max(
             self._compute_ns(work, factors),
             self._memory_ns(work, factors),

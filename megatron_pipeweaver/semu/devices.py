@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.cluster import DeviceSpec
 from megatron_pipeweaver.ir.codec import check_format, to_bytes
 from megatron_pipeweaver.ir.json_reader import JsonNode, parse_json
-from megatron_pipeweaver.semu.work import OperatorClass
+from megatron_pipeweaver.semu.work import OperatorClass, Phase
 
 DEVICE_FORMAT = "pipeweaver.device/1"
 _SPEC_KEYS = (
@@ -32,10 +34,10 @@ _FACTOR_KEYS = (
     "memory_permille",
     "network_permille",
     "overhead_ns",
-    "input_grad_permille",
-    "weight_grad_permille",
 )
+_GRADIENT_KEYS = ("input_grad", "weight_grad")
 _PROFILE_NUMBERS = ("scale_up_ranks", "layer_forward_ns", "layer_backward_ns")
+_PROFILE_STRETCHES = ("layer_forward_permille", "layer_backward_permille")
 _HALF_KEY = "half_sizes"
 
 
@@ -44,17 +46,16 @@ class Factors:
     """How much of the data sheet an operator class reaches, in thousandths, and its launch cost.
 
     `half_sizes` are the sizes ``(m, n, k)`` at which a matmul reaches half of its rate because of
-    that size alone. The gradients take `input_grad_permille` and `weight_grad_permille` of what
-    their work says, in thousandths.
+    that size alone. The gradients have these factors too, unless they have their own.
     """
 
     compute_permille: int = 1000
     memory_permille: int = 1000
     network_permille: int = 1000
     overhead_ns: int = 0
-    input_grad_permille: int = 1000
-    weight_grad_permille: int = 1000
     half_sizes: tuple[int, ...] = ()
+    input_grad: Factors | None = None
+    weight_grad: Factors | None = None
 
     def __post_init__(self) -> None:
         for what in _FACTOR_KEYS:
@@ -65,14 +66,20 @@ class Factors:
         if self.overhead_ns < 0 or any(size < 0 for size in self.half_sizes):
             raise ConfigError("device factors: overhead_ns and half_sizes must be >= 0")
 
+    def of(self, phase: Phase) -> Factors:
+        """The factors of one phase."""
+        own = {Phase.INPUT_GRAD: self.input_grad, Phase.WEIGHT_GRAD: self.weight_grad}.get(phase)
+        return self if own is None else own
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProfile:
     """A device with its factors by operator class; classes that are not named reach all of it.
 
     `scale_up_ranks` is how many ranks share the fast link; `source` says where numbers are from.
-    Each layer takes `layer_forward_ns` and `layer_backward_ns` on top of its operators: what the
-    framework spends between them where the device has to wait for it.
+    Each layer takes `layer_forward_permille` thousandths of what its operators take alone, and
+    `layer_forward_ns` on top: what the framework spends between them where the device has to wait
+    for it. Likewise its backward.
     """
 
     spec: DeviceSpec
@@ -80,6 +87,8 @@ class DeviceProfile:
     scale_up_ranks: int = 8
     layer_forward_ns: int = 0
     layer_backward_ns: int = 0
+    layer_forward_permille: int = 1000
+    layer_backward_permille: int = 1000
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -87,13 +96,32 @@ class DeviceProfile:
             raise ConfigError(f"device {self.spec.name!r}: scale_up_ranks must be >= 1")
         if min(self.layer_forward_ns, self.layer_backward_ns) < 0:
             raise ConfigError(f"device {self.spec.name!r}: layers cannot take less than 0 ns")
+        if min(self.layer_forward_permille, self.layer_backward_permille) < 1:
+            raise ConfigError(f"device {self.spec.name!r}: layer permille must be >= 1")
 
     def factors_of(self, kind: OperatorClass) -> Factors:
-        """The factors of one operator class."""
-        return self.factors.get(kind, _PERFECT)
+        """The factors of one operator class, or of the one that it is a kind of."""
+        return self.factors.get(kind) or self.factors.get(_KIND_OF.get(kind, kind), _PERFECT)
+
+    @property
+    def has_layer_factors(self) -> bool:
+        """Whether layers take other times than their operators."""
+        stretches = (self.layer_forward_permille, self.layer_backward_permille)
+        return stretches != (1000, 1000) or max(self.layer_forward_ns, self.layer_backward_ns) > 0
+
+    def layer_forward(self, operators_ns: int, *, layers: int) -> int:
+        """Nanoseconds of the forward of `layers` layers whose operators take `operators_ns`."""
+        return operators_ns * self.layer_forward_permille // 1000 + layers * self.layer_forward_ns
+
+    def layer_backward(self, operators_ns: int, *, layers: int) -> int:
+        """The same of a backward."""
+        return operators_ns * self.layer_backward_permille // 1000 + (
+            layers * self.layer_backward_ns
+        )
 
 
 _PERFECT = Factors()
+_KIND_OF = MappingProxyType({OperatorClass.GATED_ACTIVATION: OperatorClass.ACTIVATION})
 
 
 def profile_from_json(data: bytes, source: str) -> DeviceProfile:
@@ -106,6 +134,7 @@ def profile_from_json(data: bytes, source: str) -> DeviceProfile:
         parse_json(data, source),
         DEVICE_FORMAT,
         {"name", "source", "spec", "factors", *_PROFILE_NUMBERS},
+        optional=set(_PROFILE_STRETCHES),
     )
     spec = root["spec"].keys(frozenset(_SPEC_KEYS))
     factors: dict[OperatorClass, Factors] = {}
@@ -119,16 +148,27 @@ def profile_from_json(data: bytes, source: str) -> DeviceProfile:
         ),
         factors=factors,
         **{key: root[key].integer() for key in _PROFILE_NUMBERS},
+        **_integers(root, _PROFILE_STRETCHES),
         source=root["source"].text(),
     )
 
 
-def _read_factors(node: JsonNode) -> Factors:
-    node.keys(frozenset(), optional=frozenset({*_FACTOR_KEYS, _HALF_KEY}))
-    numbers = {key: found.integer() for key in _FACTOR_KEYS if (found := node.get(key)) is not None}
+def _integers(node: JsonNode, keys: tuple[str, ...]) -> dict[str, int]:
+    """Those of `keys` that `node` has."""
+    return {key: found.integer() for key in keys if (found := node.get(key)) is not None}
+
+
+def _read_factors(node: JsonNode, *, nested: bool = True) -> Factors:
+    gradients = _GRADIENT_KEYS if nested else ()
+    node.keys(frozenset(), optional=frozenset({*_FACTOR_KEYS, _HALF_KEY, *gradients}))
     halves = node.get(_HALF_KEY)
     sizes = () if halves is None else tuple(one.integer() for one in halves.array(3))
-    return Factors(**numbers, half_sizes=sizes)
+    fields: dict[str, Any] = {**_integers(node, _FACTOR_KEYS), _HALF_KEY: sizes}
+    for key in gradients:
+        own = node.get(key)
+        if own is not None:
+            fields[key] = _read_factors(own, nested=False)
+    return Factors(**fields)
 
 
 def profile_to_json(profile: DeviceProfile) -> bytes:
@@ -138,17 +178,22 @@ def profile_to_json(profile: DeviceProfile) -> bytes:
             "format": DEVICE_FORMAT,
             "name": profile.spec.name,
             "source": profile.source,
-            **{key: getattr(profile, key) for key in _PROFILE_NUMBERS},
+            **{key: getattr(profile, key) for key in (*_PROFILE_NUMBERS, *_PROFILE_STRETCHES)},
             "spec": {key: getattr(profile.spec, key) for key in _SPEC_KEYS},
-            "factors": {
-                kind.value: {
-                    **{key: getattr(one, key) for key in _FACTOR_KEYS},
-                    **({_HALF_KEY: list(one.half_sizes)} if one.half_sizes else {}),
-                }
-                for kind, one in profile.factors.items()
-            },
+            "factors": {kind.value: _factors_json(one) for kind, one in profile.factors.items()},
         }
     )
+
+
+def _factors_json(factors: Factors) -> dict[str, object]:
+    found: dict[str, object] = {key: getattr(factors, key) for key in _FACTOR_KEYS}
+    if factors.half_sizes:
+        found[_HALF_KEY] = list(factors.half_sizes)
+    for key in _GRADIENT_KEYS:
+        own = getattr(factors, key)
+        if own is not None:
+            found[key] = _factors_json(own)
+    return found
 
 
 def shipped_devices() -> tuple[str, ...]:

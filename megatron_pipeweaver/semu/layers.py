@@ -35,6 +35,8 @@ from megatron_pipeweaver.semu.operators import (
 from megatron_pipeweaver.semu.options import Attention, RunOptions
 from megatron_pipeweaver.semu.work import Subgraph
 
+_ROTARY_APART = ((12, 9), (14, 10))
+"""Cosine, sine, half turned and joined, two products, their sum, joined to what is not turned."""
 _MODULATIONS = 6
 """Shift, scale and gate, for attention and for the MLP."""
 
@@ -185,10 +187,18 @@ def _positioned(
 def _rotary(sketch: Sketch, spec: LayerSpec, load: Load, name: str, source: str) -> str:
     """Rotated positions; unfused, they keep their sines and cosines, one row per position."""
     makes: tuple[str, ...] = ()
-    if not sketch.options.fused_rotary:
+    options = sketch.options
+    if not options.fused_rotary:
         angles = load.sequence * spec.head_size
         makes = (sketch.tensor(f"{name}.cos", angles), sketch.tensor(f"{name}.sin", angles))
-    return elementwise(sketch, name, (source,), sketch.elements(source), makes=makes)
+    return elementwise(
+        sketch,
+        name,
+        (source,),
+        sketch.elements(source),
+        makes=makes,
+        apart=None if options.fused_rotary else _ROTARY_APART,
+    )
 
 
 def _cross_attention_block(

@@ -261,17 +261,21 @@ class AnalyticCostModel:
         )
 
     def _layer_cost(self, part: Part, strategy: LayerStrategy) -> GraphCost:
-        """The cost of a part, and for a layer what the framework spends between its operators."""
+        """The cost of a part; a layer's also holds what the framework makes of its operators."""
         cost = self.part_cost(part, strategy)
-        forward_ns = self.profile.layer_forward_ns if part.is_layer else 0
-        backward_ns = self.profile.layer_backward_ns if part.is_layer else 0
-        if not forward_ns and not backward_ns:
+        profile = self.profile
+        if not part.is_layer or not profile.has_layer_factors:
             return cost
-        again = forward_ns if strategy is LayerStrategy.RECOMPUTE else 0
+        # What runs again is a forward within the backward.
+        again_ns = cost.backward_ns - self.part_cost(part, LayerStrategy.KEEP).backward_ns
+        whole = strategy is LayerStrategy.RECOMPUTE
+        backward_ns = cost.backward_ns - again_ns
         return replace(
             cost,
-            forward_ns=cost.forward_ns + forward_ns,
-            backward_ns=cost.backward_ns + backward_ns + again,
+            forward_ns=profile.layer_forward(cost.forward_ns, layers=1),
+            backward_ns=profile.layer_backward(backward_ns, layers=1)
+            + profile.layer_forward(again_ns, layers=int(whole)),
+            weight_grad_ns=profile.layer_backward(cost.weight_grad_ns, layers=0),
         )
 
 

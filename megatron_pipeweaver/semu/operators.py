@@ -122,6 +122,12 @@ def linear(
     return output
 
 
+_NORM_FUSED = ((2, 1), (3, 1), (2, 1))
+"""Passes over the tensor, and kernels: forward, input gradient, weight gradient."""
+_RMS_NORM_APART = ((7, 6), (14, 9), (4, 2))
+"""Square, mean, root, two products; their gradients are elementwise operators as well."""
+
+
 def norm(
     sketch: Sketch,
     name: str,
@@ -146,19 +152,28 @@ def norm(
         saves.append(made[-1])
     output = sketch.tensor(f"{name}.out", rows * width)
     moved = rows * width * sketch.options.element_bytes
+    apart = rms and not sketch.options.fused_norm
+    works = _RMS_NORM_APART if apart else _NORM_FUSED
+    forward, input_grad, weight_grad = (
+        Work(memory_bytes=passes * moved, kernels=kernels) for passes, kernels in works
+    )
     sketch.operators.append(
         Operator(
             name=name,
-            kind=OperatorClass.NORM,
+            kind=OperatorClass.ELEMENTWISE if apart else OperatorClass.NORM,
             inputs=(source, *parameters),
             outputs=(output, *made),
             saves=tuple(saves),
-            forward=Work(memory_bytes=2 * moved),
-            input_grad=Work(memory_bytes=3 * moved),
-            weight_grad=Work(memory_bytes=2 * moved) if affine else NO_WORK,
+            forward=forward,
+            input_grad=input_grad,
+            weight_grad=weight_grad if affine else NO_WORK,
         )
     )
     return output
+
+
+Apart = tuple[tuple[int, int], tuple[int, int]]
+"""Passes over the output's bytes, and kernels: forward, input gradient."""
 
 
 def elementwise(
@@ -171,14 +186,23 @@ def elementwise(
     makes: tuple[str, ...] = (),
     backward: bool = True,
     kind: OperatorClass = OperatorClass.ELEMENTWISE,
+    apart: Apart | None = None,
 ) -> str:
     """Any operator that reads its sources once and writes `elements`.
 
-    It keeps `saves`, and `makes`, which it writes for its backward alone.
+    It keeps `saves`, and `makes`, which it writes for its backward alone. Several kernels in place
+    of one make more passes over the output's size: `apart`.
     """
     output = sketch.tensor(f"{name}.out", elements)
     moved = sketch.bytes_of(*sources, output)
     kept = saves + makes
+    forward = Work(memory_bytes=moved + sketch.bytes_of(*makes))
+    input_grad = Work(memory_bytes=moved + sketch.bytes_of(*kept))
+    if apart is not None:
+        one = sketch.bytes_of(output)
+        forward, input_grad = (
+            Work(memory_bytes=passes * one, kernels=kernels) for passes, kernels in apart
+        )
     sketch.operators.append(
         Operator(
             name=name,
@@ -186,17 +210,22 @@ def elementwise(
             inputs=sources,
             outputs=(output, *makes),
             saves=kept,
-            forward=Work(memory_bytes=moved),
-            input_grad=(Work(memory_bytes=moved + sketch.bytes_of(*kept)) if backward else NO_WORK),
+            forward=forward,
+            input_grad=input_grad if backward else NO_WORK,
         )
     )
     return output
 
 
+_SWIGLU_APART = ((7, 3), (13, 4))
+"""SiLU, offset, product; products, gradient of SiLU, joined halves."""
+
+
 def activation(sketch: Sketch, name: str, source: str, elements: int, *, gated: bool) -> str:
     """GELU, or SwiGLU of the two halves of `source`; keeps its input."""
+    apart = gated and not sketch.options.fused_activation
     makes: tuple[str, ...] = ()
-    if gated and not sketch.options.fused_activation:
+    if apart:
         # Megatron's own: the activated half, and the other one with an offset added.
         makes = (sketch.tensor(f"{name}.gate", elements), sketch.tensor(f"{name}.up", elements))
     return elementwise(
@@ -206,7 +235,8 @@ def activation(sketch: Sketch, name: str, source: str, elements: int, *, gated: 
         elements,
         saves=(source,),
         makes=makes,
-        kind=OperatorClass.ACTIVATION,
+        kind=OperatorClass.GATED_ACTIVATION if gated else OperatorClass.ACTIVATION,
+        apart=_SWIGLU_APART if apart else None,
     )
 
 

@@ -30,6 +30,7 @@ from megatron_pipeweaver.semu.work import OperatorClass, Phase, Queue, Work
 _TRAINING_FACTOR = 3
 """Model FLOPs of a training step per forward FLOP: the backward counts twice (no recomputation)."""
 _SECOND_NS = 1_000_000_000
+_OPTIMIZER_KERNELS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,9 +186,14 @@ def _exchange_ns(parameters: int, costs: AnalyticCostModel, rule: OptimizerOptio
 
 
 def _optimizer_ns(parameters: int, costs: AnalyticCostModel, rule: OptimizerOptions) -> int:
-    """The update reads and writes its state, reads gradients and writes weights."""
+    """Norm of the gradients, clipping, update, weights cast, gradients zeroed, one after another.
+
+    All but the zeros are of this rank's share of a distributed optimizer.
+    """
     options = costs.options
     ranks = options.parallel.data * options.parallel.context if rule.distributed else 1
-    moved = 2 * rule.state_bytes + options.gradient_bytes + options.element_bytes
-    work = Work(memory_bytes=-(-parameters // ranks) * moved)
+    gradient = options.gradient_bytes
+    norm, clip, update = gradient, 2 * gradient, 2 * rule.state_bytes + gradient
+    share = -(-parameters // ranks) * (norm + clip + update + options.element_bytes)
+    work = Work(memory_bytes=share + parameters * gradient, kernels=_OPTIMIZER_KERNELS)
     return costs.work_ns(work, OperatorClass.OPTIMIZER)

@@ -18,6 +18,7 @@ class OperatorClass(StrEnum):
     SOFTMAX = "softmax"
     ELEMENTWISE = "elementwise"
     ACTIVATION = "activation"
+    GATED_ACTIVATION = "gated_activation"
     EMBEDDING = "embedding"
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"

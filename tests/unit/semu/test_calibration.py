@@ -9,7 +9,6 @@ from megatron_pipeweaver.semu.calibration import (
     LayerSample,
     Sample,
     calibrate,
-    measure,
     non_negative_fit,
     relative_error,
     with_layer_times,
@@ -18,7 +17,8 @@ from megatron_pipeweaver.semu.cost import OperatorCosts
 from megatron_pipeweaver.semu.devices import load_device, profile_from_json, profile_to_json
 from megatron_pipeweaver.semu.operators import Sketch, elementwise, linear
 from megatron_pipeweaver.semu.options import RunOptions
-from megatron_pipeweaver.semu.work import Operator, OperatorClass, Phase
+from megatron_pipeweaver.semu.probes import measure
+from megatron_pipeweaver.semu.work import NO_WORK, Operator, OperatorClass, Phase
 
 PROFILE = load_device("cpu")
 
@@ -38,13 +38,22 @@ def _sum(elements: int) -> Operator:
 
 
 def _sample(operator: Operator) -> Sample:
-    """A device of 30 FLOP per ns that loses 10 rows and 1 us per launch; 2 bytes per ns."""
+    """A device of 30 FLOP per ns that loses 10 rows and 1 us per launch; 2 bytes per ns.
+
+    Input gradients start in 3 us and run at half the rate, weight gradients as the forward.
+    """
     if operator.kind is OperatorClass.MATMUL:
         work = operator.forward
-        forward = 1000 + round(work.flops * (work.shape[0] + 10) / work.shape[0] / 30)
-        return Sample(operator=operator, forward_ns=forward, backward_ns=3 * forward)
-    forward = 1000 + operator.forward.memory_bytes // 2
-    return Sample(operator=operator, forward_ns=forward, backward_ns=forward // 2)
+        rate = work.flops * (work.shape[0] + 10) / work.shape[0] / 30
+        times = {
+            Phase.FORWARD: 1000 + round(rate),
+            Phase.INPUT_GRAD: 3000 + round(2 * rate),
+            Phase.WEIGHT_GRAD: 1000 + work.flops // 30,
+        }
+    else:
+        moved = operator.forward.memory_bytes
+        times = {Phase.FORWARD: 1000 + moved // 2, Phase.INPUT_GRAD: 3000 + moved // 4}
+    return Sample(operator=operator, times_ns=times)
 
 
 SAMPLES = [
@@ -65,6 +74,14 @@ def test_known_factors_are_found_again() -> None:
     assert sums.overhead_ns == pytest.approx(1000, rel=0.1)
 
 
+def test_forward_and_both_gradients_have_factors_of_their_own() -> None:
+    matmul = calibrate(SAMPLES, PROFILE).profile.factors_of(OperatorClass.MATMUL)
+    forward, inputs, weights = (matmul.of(phase) for phase in Phase)
+    assert inputs.compute_permille == pytest.approx(forward.compute_permille / 2, rel=0.1)
+    assert inputs.overhead_ns == pytest.approx(3000, rel=0.1)
+    assert max(weights.half_sizes) <= 1
+
+
 def test_fitted_profiles_round_trip_and_leave_other_classes_alone() -> None:
     fitted = calibrate(SAMPLES, PROFILE).profile
     assert profile_from_json(profile_to_json(fitted), "mine.json") == fitted
@@ -76,7 +93,8 @@ def test_relative_error_is_that_of_forward_and_backward_together() -> None:
     costs = OperatorCosts(PROFILE)
     operator = _sum(1000)
     predicted = sum(costs.latency_ns(operator, phase) for phase in Phase)
-    sample = Sample(operator=operator, forward_ns=predicted, backward_ns=predicted)
+    times = {Phase.FORWARD: predicted, Phase.INPUT_GRAD: predicted}
+    sample = Sample(operator=operator, times_ns=times)
     assert relative_error(sample, costs) == pytest.approx(0.5)
 
 
@@ -92,22 +110,33 @@ def test_weights_are_never_negative() -> None:
     assert non_negative_fit(rows, [5.0, 7.0, 9.0]) == pytest.approx((3.0, 2.0), rel=0.01)
 
 
+def _chunk(layers: int, emulated: int) -> LayerSample:
+    """Layers take 1.2 times what their operators do, and 50 us; backward 1.1 times and nothing."""
+    return LayerSample(
+        layers=layers,
+        emulated_forward_ns=emulated,
+        emulated_backward_ns=2 * emulated,
+        forward_ns=emulated * 12 // 10 + layers * 50_000,
+        backward_ns=2 * emulated * 11 // 10,
+    )
+
+
 def test_layers_take_what_the_framework_adds() -> None:
-    samples = [
-        LayerSample(
-            layers=2,
-            emulated_forward_ns=100,
-            emulated_backward_ns=200,
-            forward_ns=100 + 2 * extra,
-            backward_ns=200 + 4 * extra,
-        )
-        for extra in (9, 10, 50)
-    ]
     plain = replace(PROFILE, layer_forward_ns=0, layer_backward_ns=0)
+    samples = [_chunk(2, size) for size in (100_000, 400_000, 2_000_000)]
     fitted = with_layer_times(plain, samples)
-    assert (fitted.layer_forward_ns, fitted.layer_backward_ns) == (10, 20)
-    faster = [replace(one, forward_ns=0, backward_ns=0) for one in samples]
-    assert with_layer_times(plain, faster) == plain
+    assert fitted.layer_forward_permille == pytest.approx(1200, rel=0.01)
+    assert fitted.layer_forward_ns == pytest.approx(50_000, rel=0.01)
+    assert fitted.layer_backward_permille == pytest.approx(1100, rel=0.01)
+    assert fitted.layer_backward_ns < 1000
+
+
+def test_layer_factors_are_never_fitted_upon_others() -> None:
+    samples = [_chunk(2, 100_000), _chunk(2, 200_000)]
+    with pytest.raises(ConfigError, match="no layer factors"):
+        with_layer_times(replace(PROFILE, layer_forward_ns=1), samples)
+    with pytest.raises(ConfigError, match="1 samples"):
+        with_layer_times(replace(PROFILE, layer_forward_ns=0, layer_backward_ns=0), samples[:1])
 
 
 def test_measured_operators_can_be_fitted() -> None:
@@ -118,17 +147,21 @@ def test_measured_operators_can_be_fitted() -> None:
         OperatorClass.NORM,
         OperatorClass.ELEMENTWISE,
         OperatorClass.ACTIVATION,
+        OperatorClass.GATED_ACTIVATION,
         OperatorClass.ATTENTION,
         OperatorClass.SOFTMAX,
     }
-    assert all(one.forward_ns > 0 and one.backward_ns > 0 for one in samples)
+    for one in samples:
+        assert one.times_ns[Phase.FORWARD] > 0
+        assert one.times_ns[Phase.INPUT_GRAD] > 0
+        assert (one.times_ns[Phase.WEIGHT_GRAD] > 0) == (one.operator.weight_grad != NO_WORK)
     fitted = calibrate(samples, PROFILE).profile
     assert set(PROFILE.factors) <= set(fitted.factors)
 
 
 def test_importing_the_emulator_does_not_load_torch() -> None:
     code = (
-        "import sys; import megatron_pipeweaver.semu.calibration, "
+        "import sys; import megatron_pipeweaver.semu.probes, "
         "megatron_pipeweaver.partition.tune; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
