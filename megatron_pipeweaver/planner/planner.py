@@ -27,7 +27,7 @@ from megatron_pipeweaver.ir.problem import Problem
 from megatron_pipeweaver.ir.schedule import Schedule
 from megatron_pipeweaver.partition.workload import Workload, make_workload
 from megatron_pipeweaver.planner.fallback import static_schedule
-from megatron_pipeweaver.search.anytime import solve
+from megatron_pipeweaver.planner.splits import check_percents, search_splits, split_sizes
 from megatron_pipeweaver.semu.interface import CostModel
 
 
@@ -43,7 +43,8 @@ class PlannedIteration:
     """A verified plan and where it comes from.
 
     `baselines` maps the name of a static schedule to its emulated makespan (ns) on the same
-    problem; `search_ns` is the wall-clock time from metadata to plan.
+    problem; `search_ns` is the wall-clock time from metadata to plan; `sub_microbatch` is the split
+    that was chosen, None where it came from another process.
     """
 
     plan: VerifiedPlan
@@ -52,6 +53,7 @@ class PlannedIteration:
     baselines: Mapping[str, int]
     search_ns: int
     origin: PlanOrigin = PlanOrigin.SEARCHED
+    sub_microbatch: Mapping[str, int] | None = None
 
 
 class Planner:
@@ -66,10 +68,13 @@ class Planner:
         dtypes: element type of the tensors that leave a module's stages, by module.
         search: how long and how hard to search.
         parallel: tensor and sequence parallel sizes, on which the tensors' shapes depend.
+        splits_percent: sub-microbatch sizes to choose from, batch by batch, in percent of
+            `sub_microbatch`; evaluation and static plans use the first one.
         clock: monotonic nanoseconds.
 
     Raises:
-        ConfigError: a module has no element type, or one that cannot cross rank borders.
+        ConfigError: a module has no element type, or one that cannot cross rank borders; or
+            `splits_percent` is empty, below 1, or of several sizes in a deterministic search.
     """
 
     def __init__(
@@ -83,12 +88,14 @@ class Planner:
         dtypes: Mapping[str, str],
         search: SearchConfig,
         parallel: ParallelSizes | None = None,
+        splits_percent: Sequence[int] = (100,),
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
+        check_percents(splits_percent, search)
         self.model = model
         self.layout = layout
         self._costs = costs
-        self._sub_microbatch = dict(sub_microbatch)
+        self._splits = split_sizes(sub_microbatch, splits_percent)
         self._memory_capacity_bytes = tuple(memory_capacity_bytes)
         self._dtypes = dict(dtypes)
         self._element_bytes = _widest(model, dtypes)
@@ -111,20 +118,24 @@ class Planner:
             InfeasibleError: a microbatch alone does not fit into a rank's memory.
         """
         start_ns = self._clock()
-        workload = self.workload(batch, forward_only=forward_only)
         search = self._search
         if budget_ns is not None:
             search = dataclasses.replace(
                 search, time_budget_ns=max(0, min(budget_ns, search.time_budget_ns))
             )
-        result = solve(workload.problem, search)
+        found = search_splits(
+            lambda sizes: self.workload(batch, forward_only=forward_only, sub_microbatch=sizes),
+            self._splits[:1] if forward_only else self._splits,
+            search,
+        )
         return self._compiled(
-            workload,
-            result.schedule,
-            result.baselines,
+            found.workload,
+            found.result.schedule,
+            found.result.baselines,
             forward_only=forward_only,
             start_ns=start_ns,
             origin=PlanOrigin.SEARCHED,
+            sub_microbatch=found.sizes,
         )
 
     def static_plan(self, batch: BatchMetadata, *, forward_only: bool = False) -> PlannedIteration:
@@ -144,10 +155,17 @@ class Planner:
             forward_only=forward_only,
             start_ns=start_ns,
             origin=PlanOrigin.STATIC,
+            sub_microbatch=self._splits[0],
         )
 
-    def workload(self, batch: BatchMetadata, *, forward_only: bool = False) -> Workload:
-        """The scheduling problem of `batch`.
+    def workload(
+        self,
+        batch: BatchMetadata,
+        *,
+        forward_only: bool = False,
+        sub_microbatch: Mapping[str, int] | None = None,
+    ) -> Workload:
+        """The scheduling problem of `batch`, split into `sub_microbatch` or else the first split.
 
         Raises:
             ConfigError: the batch does not fit the model (an unknown module, say).
@@ -156,7 +174,7 @@ class Planner:
             batch,
             self.model,
             self.layout,
-            self._sub_microbatch,
+            self._splits[0] if sub_microbatch is None else sub_microbatch,
             self._costs,
             self._memory_capacity_bytes,
             forward_only=forward_only,
@@ -173,6 +191,7 @@ class Planner:
         forward_only: bool,
         start_ns: int,
         origin: PlanOrigin,
+        sub_microbatch: Mapping[str, int],
     ) -> PlannedIteration:
         check_schedule(workload.problem, schedule)
         plan = compile_plan(
@@ -185,6 +204,7 @@ class Planner:
             baselines=baselines,
             search_ns=self._clock() - start_ns,
             origin=origin,
+            sub_microbatch=sub_microbatch,
         )
 
 

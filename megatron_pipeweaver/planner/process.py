@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -73,7 +74,7 @@ class PlanningDesk:
     corrections: Corrections = field(default_factory=Corrections)
     _costs: CorrectedCosts = field(init=False)
     _feedback: Feedback = field(init=False)
-    _planned_with: RecentCache[Corrections] = field(init=False)
+    _planned_with: RecentCache[tuple[Corrections, Mapping[str, int] | None]] = field(init=False)
 
     def __post_init__(self) -> None:
         self._costs = CorrectedCosts(self.settings.costs.make())
@@ -104,25 +105,31 @@ class PlanningDesk:
             _log.debug("planning failed", exc_info=True)
             return pack(Failure(number=request.number, reason=f"{type(error).__name__}: {error}"))
         digest = batch_digest(request.batch)
-        self._planned_with.put((digest, request.forward_only), self.corrections)
+        self._planned_with.put(
+            (digest, request.forward_only), (self.corrections, planned.sub_microbatch)
+        )
         parts = [encode(planned, digest)]
         if self.details:
             parts += [problem_to_json(planned.problem), schedule_to_json(planned.schedule)]
         return pack(Answer(number=request.number, sizes=tuple(map(len, parts))), *parts)
 
     def _learn(self, measured: Measurement) -> bytes:
+        key = (batch_digest(measured.batch), measured.forward_only)
+        corrections, sizes = self._planned_with.get(key) or (self.corrections, None)
         planner = self.settings.make(self._costs.costs)
-        workload = planner.workload(measured.batch, forward_only=measured.forward_only)
+        sizes = self.settings.sub_microbatch if sizes is None else sizes
+        workload = planner.workload(
+            measured.batch, forward_only=measured.forward_only, sub_microbatch=sizes
+        )
         samples = samples_of(
             measured.times,
             measured.batch,
             workload.problem,
             self.settings.model,
             self.settings.layout,
-            self.settings.sub_microbatch,
+            sizes,
         )
-        key = (batch_digest(measured.batch), measured.forward_only)
-        error = median_error_permille(samples, self._planned_with.get(key) or self.corrections)
+        error = median_error_permille(samples, corrections)
         self._feedback.add(samples)
         self.corrections = self._feedback.corrections()
         return pack(Learnt(error_permille=error, rows=self.corrections.rows))

@@ -41,7 +41,10 @@ class CostSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerSettings:
-    """One pipeline's planner; the fields are those of `Planner`."""
+    """One pipeline's planner; the fields are those of `Planner`.
+
+    Splits above 100 percent need memory set aside for what their layers work with for a while.
+    """
 
     model: ModelSpec
     layout: ChunkLayout
@@ -50,6 +53,7 @@ class PlannerSettings:
     memory_capacity_bytes: tuple[int, ...]
     dtypes: Mapping[str, str]
     search: SearchConfig
+    splits_percent: tuple[int, ...] = (100,)
 
     def make(self, costs: CostModel | None = None) -> Planner:
         """The planner, by `costs` where given."""
@@ -62,6 +66,7 @@ class PlannerSettings:
             dtypes=self.dtypes,
             search=self.search,
             parallel=self.costs.options.parallel,
+            splits_percent=self.splits_percent,
         )
 
     def with_threads(self, most: int) -> PlannerSettings:

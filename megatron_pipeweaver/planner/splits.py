@@ -1,0 +1,129 @@
+"""Other sub-microbatch sizes as alternatives: one batch, several problems, the best schedule.
+
+A `Problem` describes one split of the batch's items. B_i is chosen once (`partition.offline`); for
+a batch that is fuller or emptier than the typical one another size may fit its bubbles better
+(paper, section 7: smaller sizes narrow the gap between good and bad schedules, and cost
+efficiency). Each split is searched briefly, the best one for the rest of the time:
+
+    100 % |-- trial --|
+     50 %             |-- trial --|
+    200 %                         |-- trial --|
+     best                                     |---------------- search ----------------|
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_pipeweaver.config import SearchConfig
+from megatron_pipeweaver.errors import ConfigError, InfeasibleError
+from megatron_pipeweaver.partition.workload import Workload
+from megatron_pipeweaver.search.anytime import SearchResult, solve
+
+Sizes = Mapping[str, int]
+"""Items per sub-microbatch (B_i), by module."""
+_TRIAL_PERCENT = 40
+"""Of the search budget goes to trials, all splits together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitResult:
+    """The best schedule found, and the split that it is of."""
+
+    sizes: Sizes
+    workload: Workload
+    result: SearchResult
+
+
+def check_percents(percents: Sequence[int], search: SearchConfig) -> None:
+    """Returns when `percents` can be split sizes.
+
+    Raises:
+        ConfigError: there is none, or one below 1; or several with a deterministic search, though
+            sums over sub-microbatches of other sizes round differently.
+    """
+    if not percents or min(percents) < 1:
+        raise ConfigError(
+            f"planner: sub-microbatch sizes of {list(percents)} percent; give at least one, "
+            "each 1 or more"
+        )
+    if search.deterministic and len(percents) > 1:
+        raise ConfigError(
+            f"planner: sub-microbatch sizes of {list(percents)} percent with a deterministic "
+            "search; give a single one"
+        )
+
+
+def split_sizes(sizes: Sizes, percents: Sequence[int]) -> tuple[Sizes, ...]:
+    """The different sizes that so many percent of `sizes` are, in that order, each at least 1."""
+    found: list[Sizes] = []
+    for percent in percents:
+        scaled = {name: max(1, round(size * percent / 100)) for name, size in sizes.items()}
+        if scaled not in found:
+            found.append(scaled)
+    return tuple(found)
+
+
+def search_splits(
+    make: Callable[[Sizes], Workload], splits: Sequence[Sizes], search: SearchConfig
+) -> SplitResult:
+    """The best schedule over `splits` within the search's budget; a single split has it all.
+
+    Args:
+        make: the batch's problem under a split.
+        splits: items per sub-microbatch, by module, for each alternative.
+        search: how long and how hard to search, trials included.
+
+    Raises:
+        InfeasibleError: a microbatch alone does not fit, whatever the split.
+    """
+    different = _different(make, splits)
+    if len(different) == 1:
+        sizes, workload = different[0]
+        return SplitResult(sizes=sizes, workload=workload, result=solve(workload.problem, search))
+    trials = list(_trials(different, _share(search, _TRIAL_PERCENT, len(different))))
+    best = min(trials, key=lambda one: one.result.schedule.makespan_ns)
+    rest = _share(search, 100 - _TRIAL_PERCENT, 1)
+    again = replace(best, result=solve(best.workload.problem, rest))
+    return min(again, best, key=lambda one: one.result.schedule.makespan_ns)
+
+
+def _different(
+    make: Callable[[Sizes], Workload], splits: Sequence[Sizes]
+) -> list[tuple[Sizes, Workload]]:
+    """Splits that cut this batch differently."""
+    found: list[tuple[Sizes, Workload]] = []
+    for sizes in splits:
+        workload = make(sizes)
+        if all(workload.payloads != other.payloads for _, other in found):
+            found.append((sizes, workload))
+    return found
+
+
+def _trials(
+    different: Sequence[tuple[Sizes, Workload]], search: SearchConfig
+) -> Iterator[SplitResult]:
+    """A short search of each; a split that does not fit is none, unless no split fits."""
+    infeasible: InfeasibleError | None = None
+    found = False
+    for sizes, workload in different:
+        try:
+            result = solve(workload.problem, search)
+        except InfeasibleError as error:
+            infeasible = infeasible or error
+            continue
+        found = True
+        yield SplitResult(sizes=sizes, workload=workload, result=result)
+    if infeasible is not None and not found:
+        raise infeasible
+
+
+def _share(search: SearchConfig, percent: int, parts: int) -> SearchConfig:
+    """`search` with so much of its time and rounds, divided by `parts`."""
+    rounds = search.max_rounds
+    return replace(
+        search,
+        time_budget_ns=search.time_budget_ns * percent // 100 // parts,
+        max_rounds=None if rounds is None else max(1, rounds * percent // 100 // parts),
+    )
