@@ -87,7 +87,7 @@ def _times(found: Candidate) -> str:
     """By rank; what the tensor-parallel peers wait for is a part of busy."""
     step = found.report
     return format_table(
-        ["rank", "busy", "bubble", "exposed in stages", "gradient exchange", "optimizer"],
+        ["rank", "busy", "bubble", "exposed in stages", "exchange", "not hidden", "optimizer"],
         [
             [str(rank), *map(milliseconds, times)]
             for rank, times in enumerate(
@@ -96,6 +96,7 @@ def _times(found: Candidate) -> str:
                     step.bubble_ns,
                     step.exposed_ns,
                     step.gradient_exchange_ns,
+                    step.exposed_exchange_ns,
                     step.optimizer_ns,
                     strict=True,
                 )

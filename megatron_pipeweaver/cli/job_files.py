@@ -382,6 +382,8 @@ _OPTION_READERS: Mapping[str, Reader] = {
 _OPTIMIZER_READERS: Mapping[str, Reader] = {
     "state_bytes": JsonNode.integer,
     "distributed": JsonNode.boolean,
+    "overlap_grad_reduce": JsonNode.boolean,
+    "overlap_param_gather": JsonNode.boolean,
 }
 _MICROBATCH_READERS: Mapping[str, Reader] = {
     "sequence_length": _positive,

@@ -30,6 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="context-parallel sizes to try (default: 1 alone)",
     )
+    parser.add_argument(
+        "--expert",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="expert-parallel sizes to try (default: all that divide the experts)",
+    )
     add_search_arguments(parser)
 
 
@@ -37,15 +44,17 @@ def run(args: argparse.Namespace) -> int:
     """Try, rank, print; the exit code."""
     config = search_config(args)
     file = load_job(args.job)
-    if min(args.context) < 1:
-        raise ConfigError(f"tune: context-parallel size {min(args.context)}; need at least 1")
+    for name, sizes in (("context", args.context), ("expert", args.expert or [1])):
+        if min(sizes) < 1:
+            raise ConfigError(f"tune: {name}-parallel size {min(sizes)}; need at least 1")
     choices = tuple(
         parallel_choices(
             file.ranks,
             len(file.job.microbatches),
             file.job.device,
             file.job.model,
-            sorted(set(args.context)),
+            contexts=sorted(set(args.context)),
+            experts=None if args.expert is None else sorted(set(args.expert)),
         )
     )
     found = tune(file.job, file.ranks, searched(config), choices=choices)
@@ -57,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _table(found: tuple[Candidate, ...]) -> str:
     best_ns = found[0].report.iteration_ns if found else 1
-    columns = ["rank", "DP", "TP", "CP", "PP", "segments", "B_i", "iteration", "/ best", "bubble"]
+    sizes = ["rank", "DP", "TP", "CP", "EP", "PP", "segments", "B_i"]
     return format_table(
-        [*columns, "exchange", "peak memory", "MFU"],
+        [*sizes, "iteration", "/ best", "bubble", "exchange", "peak memory", "MFU"],
         [_row(place, one, best_ns) for place, one in enumerate(found, start=1)],
     )
 
@@ -69,13 +78,13 @@ def _row(place: int, one: Candidate, best_ns: int) -> list[str]:
     ranks = len(step.busy_ns)
     return [
         str(place),
-        *(str(count) for count in (sizes.data, sizes.tensor, sizes.context, sizes.pipeline)),
+        *map(str, (sizes.data, sizes.tensor, sizes.context, sizes.expert, sizes.pipeline)),
         " ".join(str(module.segments) for module in one.partition.layout.modules),
         " ".join(map(str, one.partition.sub_microbatch.values())) or "-",
         milliseconds(step.iteration_ns),
         f"{step.iteration_ns / best_ns:.3f}",
         percent(sum(step.bubble_ns) / (ranks * step.pipeline_ns) if step.pipeline_ns else 0.0),
-        milliseconds(max(step.gradient_exchange_ns)),
+        milliseconds(max(step.exposed_exchange_ns)),
         size(max(step.peak_bytes)),
         percent(step.mfu),
     ]

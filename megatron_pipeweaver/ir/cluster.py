@@ -40,7 +40,10 @@ class DeviceSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelSizes:
-    """How many ways each kind of parallelism splits the job (Megatron's names)."""
+    """How many ways each kind of parallelism splits the job (Megatron's names).
+
+    Expert-parallel ranks are data- and context-parallel ones that divide the experts among them.
+    """
 
     pipeline: int
     tensor: int = 1
@@ -53,6 +56,11 @@ class ParallelSizes:
         for what in ("pipeline", "tensor", "data", "context", "expert"):
             if getattr(self, what) < 1:
                 raise ConfigError(f"parallel sizes: {what} is {getattr(self, what)}; need >= 1")
+        if self.data * self.context % self.expert:
+            raise ConfigError(
+                f"parallel sizes: {self.data} data x {self.context} context parallel ranks do not "
+                f"make groups of {self.expert} expert-parallel ones; choose a divisor"
+            )
 
     @property
     def world_size(self) -> int:

@@ -70,32 +70,57 @@ def parallel_choices(
     microbatches: int,
     profile: DeviceProfile,
     model: ModelSpec,
+    *,
     contexts: Sequence[int] = (1,),
+    experts: Sequence[int] | None = None,
 ) -> Iterator[ParallelSizes]:
-    """Every DP x TP x PP that fills `ranks`, with each of the context-parallel sizes `contexts`.
+    """Every DP x TP x PP that fills `ranks`, with context- and expert-parallel sizes.
 
-    Tensor-parallel ranks share the fast link and divide every module's heads; every replica has a
-    microbatch.
+    Tensor-parallel ranks share the fast link and divide every module's heads and widths; every
+    replica has a microbatch. Expert-parallel ranks are replicas that divide the experts of every
+    module that has some.
+
+    Args:
+        ranks: devices in all.
+        microbatches: of the global batch.
+        profile: says how many ranks share the fast link.
+        model: what is trained.
+        contexts: context-parallel sizes to try.
+        experts: expert-parallel sizes to try; all that fit by default.
     """
     for tensor in _divisors(ranks):
-        if tensor > profile.scale_up_ranks or any(
-            module.attention_heads % tensor or module.ffn_hidden_size % tensor
-            for module in model.modules
-        ):
+        if tensor > profile.scale_up_ranks or not _divides_widths(tensor, model):
             continue
         for context in contexts:
             if ranks // tensor % context:
                 continue
             for pipeline in _divisors(ranks // tensor // context):
                 data = ranks // tensor // context // pipeline
-                if microbatches % data == 0:
+                if microbatches % data:
+                    continue
+                for expert in _expert_sizes(model, data * context, experts):
                     yield ParallelSizes(
                         pipeline=pipeline,
                         tensor=tensor,
                         data=data,
                         context=context,
+                        expert=expert,
                         sequence_parallel=tensor > 1,
                     )
+
+
+def _divides_widths(tensor: int, model: ModelSpec) -> bool:
+    widths = [size for one in model.modules for size in (one.attention_heads, one.ffn_hidden_size)]
+    widths += [one.layer.experts.ffn_hidden_size for one in model.modules if one.layer.experts]
+    return not any(width % tensor for width in widths)
+
+
+def _expert_sizes(model: ModelSpec, replicas: int, wanted: Sequence[int] | None) -> Iterator[int]:
+    counts = [one.layer.experts.count for one in model.modules if one.layer.experts]
+    for size in _divisors(replicas):
+        divides = bool(counts) and not any(count % size for count in counts)
+        if (size == 1 or divides) and (wanted is None or size in wanted):
+            yield size
 
 
 def tune(

@@ -78,7 +78,9 @@ def _grouped_linear(
 ) -> str:
     """`groups` matmuls of ``rows / groups`` rows each; `sizes` are rows, width in, width out."""
     rows, width_in, width_out = sizes
-    weight = sketch.tensor(f"{name}.weight", groups * width_in * width_out, parameter=True)
+    weight = sketch.tensor(
+        f"{name}.weight", groups * width_in * width_out, parameter=True, expert=True
+    )
     output = sketch.tensor(f"{name}.out", rows * width_out)
     each = max(1, rows // groups)
     flops = 2 * rows * width_in * width_out

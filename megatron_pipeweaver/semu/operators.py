@@ -43,6 +43,7 @@ class Sketch:
         parameter: bool = False,
         external: bool = False,
         base: str | None = None,
+        expert: bool = False,
     ) -> str:
         """Add a tensor, or a view of `base`; returns its name."""
         bases = {one.name: one.base for one in self.tensors}
@@ -55,6 +56,7 @@ class Sketch:
                 parameter=parameter,
                 external=external,
                 base=base,
+                expert=expert,
             )
         )
         return name

@@ -14,18 +14,20 @@ from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleSpec
 from megatron_pipeweaver.ir.problem import OpKind, PassKey
 from megatron_pipeweaver.ir.schedule import Schedule, ScheduledOp
+from megatron_pipeweaver.semu.exchange import gather_delay_ns, rank_exchanges, reduced_ns
 from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.memory import (
     OptimizerOptions,
+    ParameterCount,
     RankState,
-    rank_parameters,
+    chunk_parameters,
     rank_states,
+    updated_parameters,
 )
 from megatron_pipeweaver.semu.model import AnalyticCostModel
-from megatron_pipeweaver.semu.operators import collective_work
 from megatron_pipeweaver.semu.options import RunOptions
 from megatron_pipeweaver.semu.stages import module_stages, stage_parts
-from megatron_pipeweaver.semu.work import OperatorClass, Phase, Queue, Work
+from megatron_pipeweaver.semu.work import OperatorClass, Phase, Work
 
 _TRAINING_FACTOR = 3
 """Model FLOPs of a training step per forward FLOP: the backward counts twice (no recomputation)."""
@@ -38,7 +40,8 @@ class StepReport:
     """One training step of one pipeline replica; per-rank numbers are by pipeline rank.
 
     `exposed_ns` is communication within the rank's stages (tensor, context, expert parallelism)
-    that compute waits for, a part of `busy_ns`; all of `gradient_exchange_ns` is exposed too.
+    that compute waits for, a part of `busy_ns`. Of `gradient_exchange_ns`, gradients and weights
+    between replicas, `exposed_exchange_ns` is not hidden behind the pipeline.
     `mfu` is model FLOPs over what all ranks of the replica could compute in `iteration_ns`.
     """
 
@@ -48,6 +51,7 @@ class StepReport:
     bubble_ns: tuple[int, ...]
     exposed_ns: tuple[int, ...]
     gradient_exchange_ns: tuple[int, ...]
+    exposed_exchange_ns: tuple[int, ...]
     optimizer_ns: tuple[int, ...]
     states: tuple[RankState, ...]
     peak_bytes: tuple[int, ...]
@@ -73,8 +77,8 @@ def emulate_step(
 ) -> StepReport:
     """The step that runs `schedule` and then exchanges gradients and updates weights.
 
-    Gradients are reduced behind the pipeline, as PipeWeaver's schedule function has it, so nothing
-    of that hides behind compute.
+    Gradients are reduced behind the pipeline, as PipeWeaver's schedule function has it, unless the
+    optimizer's options say that the exchange hides behind compute.
 
     Args:
         schedule: of one replica.
@@ -88,24 +92,39 @@ def emulate_step(
     """
     rule = optimizer or OptimizerOptions()
     options = costs.options
-    parameters = rank_parameters(model, layout, options)
-    exchange = tuple(_exchange_ns(count, costs, rule) for count in parameters)
-    update = tuple(_optimizer_ns(count, costs, rule) for count in parameters)
-    states = rank_states(model, layout, options, rule)
     busy = tuple(sum(op.end_ns - op.start_ns for op in rank) for rank in schedule.ranks)
     if len(busy) != layout.pipeline_size:
         raise ConfigError(
             f"step: the schedule has {len(busy)} ranks, the layout {layout.pipeline_size}"
         )
-    tail = max(one + other for one, other in zip(exchange, update, strict=True))
-    iteration = schedule.makespan_ns + tail
+    exchanges = tuple(zip(rank_exchanges(model, layout, costs, rule), schedule.ranks, strict=True))
+    reduced = [
+        reduced_ns(chunks, ops, overlap=rule.overlap_grad_reduce) for chunks, ops in exchanges
+    ]
+    delays = [
+        gather_delay_ns(chunks, ops, overlap=rule.overlap_param_gather) for chunks, ops in exchanges
+    ]
+    ends = [max((op.end_ns for op in ops), default=0) for ops in schedule.ranks]
+    update = tuple(
+        _optimizer_ns(_trained(model, layout, rank, options), costs, rule)
+        for rank in range(layout.pipeline_size)
+    )
+    states = rank_states(model, layout, options, rule)
+    # All ranks wait for the norm of all gradients; then the slowest update and gather count.
+    behind = max(one + other for one, other in zip(update, delays, strict=True))
+    iteration = max(schedule.makespan_ns, *reduced) + behind
     return StepReport(
         iteration_ns=iteration,
         pipeline_ns=schedule.makespan_ns,
         busy_ns=busy,
         bubble_ns=tuple(schedule.makespan_ns - one for one in busy),
         exposed_ns=_exposed_ns(schedule, model, layout, costs, loads or {}),
-        gradient_exchange_ns=exchange,
+        gradient_exchange_ns=tuple(
+            sum(chunk.reduce_ns + chunk.gather_ns for chunk in chunks) for chunks, _ in exchanges
+        ),
+        exposed_exchange_ns=tuple(
+            end - last + delay for end, last, delay in zip(reduced, ends, delays, strict=True)
+        ),
         optimizer_ns=update,
         states=states,
         peak_bytes=tuple(
@@ -170,30 +189,30 @@ def training_flops(module: ModuleSpec, load: Load, options: RunOptions) -> int:
     return forward_flops(module, load, options) * (1 if module.frozen else _TRAINING_FACTOR)
 
 
-def _exchange_ns(parameters: int, costs: AnalyticCostModel, rule: OptimizerOptions) -> int:
-    """Gradients out and weights in, over the ranks that hold the same parameters."""
-    options = costs.options
-    ranks = options.parallel.data * options.parallel.context
-    gradients = parameters * options.gradient_bytes
-    if not rule.distributed:
-        work = collective_work(OperatorClass.ALL_REDUCE, gradients, ranks)
-        return costs.work_ns(work, OperatorClass.ALL_REDUCE, Queue.DATA_LINK)
-    scatter = collective_work(OperatorClass.REDUCE_SCATTER, gradients, ranks)
-    gather = collective_work(OperatorClass.ALL_GATHER, parameters * options.element_bytes, ranks)
-    return costs.work_ns(scatter, OperatorClass.REDUCE_SCATTER, Queue.DATA_LINK) + costs.work_ns(
-        gather, OperatorClass.ALL_GATHER, Queue.DATA_LINK
-    )
+def _trained(
+    model: ModelSpec, layout: ChunkLayout, rank: int, options: RunOptions
+) -> ParameterCount:
+    """Parameters of the rank's chunks that are not frozen."""
+    counts = [
+        count
+        for place, count in zip(
+            layout.chunks_of_rank(rank),
+            chunk_parameters(model, layout, rank, options),
+            strict=True,
+        )
+        if not model.module(place.module).frozen
+    ]
+    return ParameterCount(sum(one.shared for one in counts), sum(one.experts for one in counts))
 
 
-def _optimizer_ns(parameters: int, costs: AnalyticCostModel, rule: OptimizerOptions) -> int:
+def _optimizer_ns(count: ParameterCount, costs: AnalyticCostModel, rule: OptimizerOptions) -> int:
     """Norm of the gradients, clipping, update, weights cast, gradients zeroed, one after another.
 
     All but the zeros are of this rank's share of a distributed optimizer.
     """
-    options = costs.options
-    ranks = options.parallel.data * options.parallel.context if rule.distributed else 1
-    gradient = options.gradient_bytes
+    gradient = costs.options.gradient_bytes
     norm, clip, update = gradient, 2 * gradient, 2 * rule.state_bytes + gradient
-    share = -(-parameters // ranks) * (norm + clip + update + options.element_bytes)
-    work = Work(memory_bytes=share + parameters * gradient, kernels=_OPTIMIZER_KERNELS)
+    share = updated_parameters(count, costs.options, rule)
+    moved = share * (norm + clip + update + costs.options.element_bytes)
+    work = Work(memory_bytes=moved + count.total * gradient, kernels=_OPTIMIZER_KERNELS)
     return costs.work_ns(work, OperatorClass.OPTIMIZER)

@@ -82,7 +82,8 @@ class Tensor:
     """A tensor node; all but `parameter` and `external` ones live as long as they are needed.
 
     `external` tensors belong to another subgraph, which counts them. A tensor with a `base` is a
-    view: keeping it keeps the base's bytes, whole.
+    view: keeping it keeps the base's bytes, whole. `expert` parameters differ between
+    expert-parallel ranks.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Tensor:
     parameter: bool = False
     external: bool = False
     base: str | None = None
+    expert: bool = False
 
     def __post_init__(self) -> None:
         if self.elements < 0 or self.element_bytes < 1:
@@ -155,6 +157,11 @@ class Subgraph:
     def parameters(self) -> int:
         """Number of parameters that this rank holds."""
         return sum(tensor.elements for tensor in self.tensors if tensor.parameter)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Those of `parameters` that differ between expert-parallel ranks."""
+        return sum(tensor.elements for tensor in self.tensors if tensor.parameter and tensor.expert)
 
     def flops(self, phase: Phase) -> int:
         """FLOPs of one phase."""

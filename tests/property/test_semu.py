@@ -55,12 +55,13 @@ def modules(draw: st.DrawFn) -> ModuleSpec:
 
 @st.composite
 def options(draw: st.DrawFn) -> RunOptions:
-    tensor = draw(st.sampled_from([1, 2]))
+    tensor, expert = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2]))
     return RunOptions(
         parallel=ParallelSizes(
             pipeline=2,
             tensor=tensor,
-            expert=draw(st.sampled_from([1, 2])),
+            data=expert,
+            expert=expert,
             sequence_parallel=tensor > 1 and draw(st.booleans()),
         ),
         attention=draw(st.sampled_from(Attention)),

@@ -166,8 +166,9 @@ def test_tune_ranks_what_fits(write, capsys):
     out = capsys.readouterr().out
     rows = table_under(out, "rank  DP")
     assert [row[0] for row in rows] == [str(place + 1) for place in range(len(rows))]
-    assert {tuple(row[1:5]) for row in rows} >= {("2", "1", "1", "2"), ("1", "4", "1", "1")}
-    assert all(math.prod(map(int, row[1:5])) == 4 for row in rows)
+    sizes = {tuple(row[1:6]) for row in rows}  # DP, TP, CP, EP, PP
+    assert sizes >= {("2", "1", "1", "1", "2"), ("1", "4", "1", "1", "1")}
+    assert all(math.prod(map(int, row[1:6])) == 4 for row in rows)
     behind = [float(row[row.index("ms") + 1]) for row in rows]
     assert behind[0] == 1
     assert behind == sorted(behind)
@@ -179,9 +180,35 @@ def test_tune_tries_context_parallelism_when_asked(write, capsys):
     assert main(["tune", str(write()), *QUICK, "--context", "1", "2"]) == 0
     rows = table_under(capsys.readouterr().out, "rank  DP")
     assert {row[3] for row in rows} == {"1", "2"}
-    assert all(math.prod(map(int, row[1:5])) == 4 for row in rows)
+    assert all(math.prod(map(int, row[1:6])) == 4 for row in rows)
     told = error_of(capsys, ["tune", write(), "--context", "0"])
     assert told == "tune: context-parallel size 0; need at least 1"
+
+
+def test_tune_spreads_experts_over_replicas(write, capsys):
+    experts = {"count": 4, "active": 2, "ffn_hidden_size": 32}
+    model = {"name": "small", "modules": [VISION, {**LANGUAGE, "layer": {"experts": experts}}]}
+    assert main(["tune", str(write(model=model)), *QUICK]) == 0
+    rows = table_under(capsys.readouterr().out, "rank  DP")
+    assert {row[4] for row in rows} >= {"1", "2"}
+    assert all(int(row[1]) % int(row[4]) == 0 for row in rows)
+    assert main(["tune", str(write(model=model)), *QUICK, "--expert", "2"]) == 0
+    rows = table_under(capsys.readouterr().out, "rank  DP")
+    assert {row[4] for row in rows} == {"2"}
+    told = error_of(capsys, ["tune", write(), "--expert", "0"])
+    assert told == "tune: expert-parallel size 0; need at least 1"
+
+
+def test_hidden_exchanges_shorten_the_step(write, capsys):
+    shown = []
+    hidden = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    for optimizer in ({}, hidden):
+        path = write(parallel={"pipeline": 2, "data": 2}, optimizer=optimizer)
+        assert main(["emulate", str(path), *QUICK]) == 0
+        rows = table_under(capsys.readouterr().out, "rank  ")
+        shown.append([(float(row[7]), float(row[9])) for row in rows])
+    for (whole, alone), (same, less) in zip(*shown, strict=True):
+        assert whole == alone == same > less
 
 
 def changed(**changes: object) -> dict[str, object]:
