@@ -9,6 +9,7 @@
 #include "alone.hpp"
 #include "bounds.hpp"
 #include "decode.hpp"
+#include "local.hpp"
 #include "memory.hpp"
 #include "model.hpp"
 #include "search.hpp"
@@ -22,7 +23,7 @@ namespace {
 // A problem ready to be decoded; the answers to "what does each microbatch need alone" with it.
 class Core {
  public:
-  Core(const RawProblem& raw, bool in_order) : model_(raw) {
+  Core(const RawProblem& raw, bool in_order) : model_(raw), in_order_(in_order) {
     for (i32 k = 0; k < model_.microbatches; ++k) {
       alone_.push_back(run_alone(model_, k, in_order));
     }
@@ -67,6 +68,22 @@ class Core {
     return table;
   }
 
+  // What the local search makes of `table` in so many moves.
+  Timetable improve(Timetable table, i64 moves, std::uint64_t seed, double warmth) const {
+    SearchOptions options;
+    options.budget_ns = kNever;
+    options.max_rounds = moves;
+    options.in_order = in_order_;
+    Shared shared;
+    shared.outcome.best = table;
+    shared.begin = Clock::now();
+    Random random(seed);
+    Evaluator evaluator(model_, alone_, options, shared, 0);
+    py::gil_scoped_release release;
+    LocalSearch(model_, evaluator, random).run(table, moves, warmth);
+    return table;
+  }
+
   SearchOutcome run_search(const SearchOptions& options, const Timetable& start,
                            const std::function<void(i64, i64, i64, i32)>& listener) const {
     Listener guarded;
@@ -100,6 +117,7 @@ class Core {
   }
 
   Model model_;
+  bool in_order_;
   std::vector<Alone> alone_;
 };
 
@@ -182,6 +200,8 @@ PYBIND11_MODULE(_core, module) {
       .def("retime", &Core::retime, py::arg("order"), py::arg("level"), py::arg("split"))
       .def("search", &Core::run_search, py::arg("options"), py::arg("start"), py::arg("listener"))
       .def("refill", &Core::refill, py::arg("table"), py::arg("keep"))
+      .def("improve", &Core::improve, py::arg("table"), py::arg("moves"), py::arg("seed"),
+           py::arg("warmth"))
       .def("latest",
            [](const Core& core, const Timetable& table) {
              std::vector<i64> start;

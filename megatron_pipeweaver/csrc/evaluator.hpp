@@ -71,12 +71,16 @@ class Evaluator {
 
   const SearchOptions& options() const { return options_; }
   i32 thread() const { return thread_; }
+  // A schedule that may be the best.
+  void offer(const Timetable& table);
+  // One more evaluation was made elsewhere.
+  void count() { ++rounds_; }
+  i64 rounds() const { return rounds_; }
   Decoder& decoder() { return decoder_; }
   Timer& timer() { return timer_; }
 
  private:
   i64 elapsed() const;
-  void offer(const Timetable& table);
   void refill(Timetable& table);
 
   const Model& m_;

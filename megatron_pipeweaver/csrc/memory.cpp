@@ -7,7 +7,7 @@ namespace pipeweaver {
 MemoryChooser::MemoryChooser(const Model& model)
     : m_(model), from_(model.pairs, 0), until_(model.pairs, 0) {}
 
-bool MemoryChooser::run(Timetable& table, i32 rank, bool keep) {
+bool MemoryChooser::run(Timetable& table, i32 rank, bool keep, Random* noise) {
   const std::vector<i32>& ops = table.order[rank];
   const i32 last = table.split ? kWeight : kBackward;
   i32 forwards = 0;
@@ -31,6 +31,7 @@ bool MemoryChooser::run(Timetable& table, i32 rank, bool keep) {
     const i64 bytes = m_.costs[begin + table.level[pair]].memory;
     for (i32 i = from_[pair]; i < until_[pair]; ++i) held_[i] += bytes;
     double worth = 1e300;
+    const double share = noise ? 0.85 + 0.3 * noise->unit() : 1;
     for (i32 level = table.level[pair] + 1; level < m_.levels(pair); ++level) {
       const i32 at = begin + level;
       i64 saved = m_.costs[at - 1].forward - m_.costs[at].forward;
@@ -40,7 +41,7 @@ bool MemoryChooser::run(Timetable& table, i32 rank, bool keep) {
       }
       const double cost = static_cast<double>(m_.costs[at].memory - m_.costs[at - 1].memory) *
                           static_cast<double>(until_[pair] - from_[pair]);
-      worth = std::min(worth, static_cast<double>(saved) / cost);
+      worth = std::min(worth, share * static_cast<double>(saved) / cost);
       steps_.push_back({worth, pair, level});
     }
   }

@@ -5,6 +5,7 @@
 
 #include "decode.hpp"
 #include "model.hpp"
+#include "random.hpp"
 
 namespace pipeweaver {
 
@@ -14,8 +15,9 @@ class MemoryChooser {
 
   // Sets the levels of rank `rank`'s stage pairs: from the leanest, faster levels in the order of
   // time saved per byte and per forward that passes while they are held, as long as they fit.
-  // `keep` starts from the levels that `table` has. False if even those do not fit.
-  bool run(Timetable& table, i32 rank, bool keep);
+  // `keep` starts from the levels that `table` has; `noise` disturbs the order a little. False if
+  // even the levels at the start do not fit.
+  bool run(Timetable& table, i32 rank, bool keep, Random* noise = nullptr);
 
  private:
   struct Step {

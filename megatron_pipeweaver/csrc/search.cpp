@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "explore.hpp"
+#include "local.hpp"
 
 namespace pipeweaver {
 
@@ -18,7 +19,10 @@ struct Candidate {
 };
 
 constexpr std::size_t kFavourites = 4;
-constexpr double kPortfolio = 0.6;  // of the time goes to recipes
+constexpr double kWarmths[] = {0.3, 1, 3};  // of the local search's cycles, by turns
+constexpr i64 kPatience = 1000;             // evaluations without progress that end a phase early
+constexpr double kPortfolio = 0.45;         // of the time goes to recipes,
+constexpr double kAnneal = 0.6;             // up to here to keys, the rest to orders
 
 class Worker {
  public:
@@ -29,7 +33,13 @@ class Worker {
         kitchen_(model, evaluator.decoder(), evaluator.timer()) {}
 
   void run() {
-    if (m_.pairs > 0) anneal(portfolio());
+    if (m_.pairs == 0) return;
+    Candidate best = anneal(portfolio());
+    LocalSearch local(m_, evaluator_, random_);
+    const i64 moves = 300 * m_.pairs;
+    for (i64 cycle = 0; !evaluator_.over(); ++cycle) {
+      local.run(best.table, moves, kWarmths[cycle % 3]);
+    }
   }
 
  private:
@@ -64,10 +74,11 @@ class Worker {
   // Classic recipes, then new ones and variations of the few best.
   Candidate portfolio() {
     Candidate best;
+    i64 patience = kPatience;
     std::vector<Favourite> favourites;
     const std::vector<Recipe> classics = kitchen_.classics();
     for (std::size_t i = 0; best.cost >= 1e300 || evaluator_.progress() < kPortfolio; ++i) {
-      if (best.cost < 1e300 && evaluator_.over()) break;
+      if (best.cost < 1e300 && (evaluator_.over() || evaluator_.rounds() > patience)) break;
       Recipe recipe;
       if (i < classics.size()) {
         recipe = classics[(i + evaluator_.thread()) % classics.size()];
@@ -81,7 +92,9 @@ class Worker {
       }
       Candidate candidate = try_recipe(recipe, best.cost);
       remember(favourites, {candidate.cost, recipe});
-      if (candidate.cost < best.cost) best = std::move(candidate);
+      if (candidate.cost >= best.cost) continue;
+      best = std::move(candidate);
+      patience = evaluator_.rounds() + kPatience;
     }
     return best;
   }
@@ -97,13 +110,16 @@ class Worker {
     if (favourites.size() > kFavourites) favourites.pop_back();
   }
 
-  void anneal(Candidate current) {
+  Candidate anneal(Candidate current) {
     adopt(current);
     Candidate best = current;
     Policy trial = current.policy;
     Timetable table;
-    while (!evaluator_.over()) {
-      const double done = evaluator_.progress();
+    const double begin = evaluator_.progress();
+    i64 patience = evaluator_.rounds() + kPatience;
+    while (!evaluator_.over() && evaluator_.progress() < kAnneal &&
+           evaluator_.rounds() < patience) {
+      const double done = (evaluator_.progress() - begin) / std::max(1e-9, kAnneal - begin);
       const double heat = 0.0002 * current.cost * std::pow(0.05, done);
       trial = current.policy;
       perturb(trial, current.table);
@@ -114,8 +130,11 @@ class Worker {
       std::swap(current.table, table);
       current.cost = found;
       adopt(current);
-      if (found < best.cost) best = current;
+      if (found >= best.cost) continue;
+      best = current;
+      patience = evaluator_.rounds() + kPatience;
     }
+    return best;
   }
 
   // The keys become the times at which the ops start: what is found is where the next step starts.
