@@ -343,6 +343,7 @@ _MODULE_READERS: Mapping[str, Reader] = {
     "gated_mlp": JsonNode.boolean,
     "vocab_size": _positive,
     "tied_embeddings": JsonNode.boolean,
+    "input_size": _positive,
     "output_size": _positive,
     "projector_hidden_size": _positive,
     "patch_size": _positive,

@@ -24,6 +24,10 @@ class ModuleKind(StrEnum):
     """A diffusion transformer over clips, conditioned on text by cross attention."""
 
 
+MODULATIONS = 6
+"""Vectors that modulate a diffusion layer: shift, scale and gate of attention and of the MLP."""
+
+
 class Modulation(StrEnum):
     """Where a diffusion layer's shifts, scales and gates come from."""
 
@@ -31,6 +35,11 @@ class Modulation(StrEnum):
     """A linear of its own from the time embedding (DiT)."""
     TABLE = "table"
     """A learned table per layer, added to one projection that all layers share (Wan2.1)."""
+
+    @property
+    def time_tokens(self) -> int:
+        """Vectors per clip that every layer reads: the time embedding, and the shared projection."""
+        return 1 + (MODULATIONS if self is Modulation.TABLE else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +106,9 @@ class ModuleSpec:
     `after` names the modules whose outputs it consumes. A `frozen` module has no backward pass.
     `output_size` is the width of what it hands on (after its projector), `None` where nothing
     consumes it; in front of the projector, `patches_per_token` neighbouring units are folded into
-    one token of that many times the width. `vocab_size` is `None` for modules without token
-    embeddings.
+    one token of that many times the width. `input_size` is the width of what it consumes where
+    that is not its own: its first stage projects it, in two linears. `vocab_size` is `None` for
+    modules without token embeddings.
     """
 
     name: str
@@ -113,6 +123,7 @@ class ModuleSpec:
     gated_mlp: bool = False
     vocab_size: int | None = None
     tied_embeddings: bool = False
+    input_size: int | None = None
     output_size: int | None = None
     projector_hidden_size: int | None = None
     patch_size: int | None = None
@@ -144,6 +155,16 @@ class ModuleSpec:
                 f"{where}: attention_heads {self.attention_heads} is not a multiple of "
                 f"kv_groups {self.kv_groups}"
             )
+
+    @property
+    def time_tokens(self) -> int:
+        """Vectors per clip that tell a diffusion module's layers the time; else 0.
+
+        They and the prompts' features travel in front of the clips' patches, in one row.
+        """
+        if self.kind is not ModuleKind.DIFFUSION or self.layer.modulation is None:
+            return 0
+        return self.layer.modulation.time_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

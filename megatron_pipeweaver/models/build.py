@@ -12,14 +12,23 @@ from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleKind
 from megatron_pipeweaver.models.chunk import ChunkSetting, ModelChunk
 from megatron_pipeweaver.models.configs import chunk_config, root_config
+from megatron_pipeweaver.models.diffusion import DiffusionChunk
 from megatron_pipeweaver.models.language import LanguageChunk
 from megatron_pipeweaver.models.options import ModelOptions
+from megatron_pipeweaver.models.text import TextChunk
 from megatron_pipeweaver.models.vision import VisionChunk
 
 _CHUNKS: Mapping[ModuleKind, Callable[[ChunkSetting], ModelChunk]] = {
     ModuleKind.VISION: VisionChunk,
     ModuleKind.LANGUAGE: LanguageChunk,
+    ModuleKind.TEXT: TextChunk,
+    ModuleKind.DIFFUSION: DiffusionChunk,
 }
+_ENCODERS: Mapping[ModuleKind, ModuleKind] = {
+    ModuleKind.LANGUAGE: ModuleKind.VISION,
+    ModuleKind.DIFFUSION: ModuleKind.TEXT,
+}
+"""Which backbones there are, and what encodes for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,18 +125,15 @@ def _check(model: ModelSpec, layout: ChunkLayout) -> None:
     cuts = [one.module for one in layout.modules]
     if cuts != names:
         raise ConfigError(f"the layout's modules {cuts} are not those of the model, {names}")
-    if model.backbone.kind is not ModuleKind.LANGUAGE:
+    backbone = model.backbone
+    if backbone.kind not in _ENCODERS:
         raise ConfigError(
-            f"model {model.name!r}: the backbone {model.backbone.name!r} is of kind "
-            f"{model.backbone.kind.value!r}; chunks are built for a language backbone"
+            f"model {model.name!r}: the backbone {backbone.name!r} is of kind "
+            f"{backbone.kind.value!r}; chunks are built for one of "
+            f"{[kind.value for kind in _ENCODERS]}"
         )
     for module, cut in zip(model.modules, layout.modules, strict=True):
         where = f"model {model.name!r}, module {module.name!r}"
-        if module.kind not in _CHUNKS:
-            raise ConfigError(
-                f"{where}: no chunks of kind {module.kind.value!r} yet; "
-                f"there are {[kind.value for kind in _CHUNKS]}"
-            )
         if sum(cut.layers) != module.layers:
             raise ConfigError(f"{where}: {module.layers} layers, and {sum(cut.layers)} in its cut")
         if layout.pipeline_size == 1 and cut.segments > 1:
@@ -135,16 +141,35 @@ def _check(model: ModelSpec, layout: ChunkLayout) -> None:
                 f"{where}: {cut.segments} segments on one pipeline rank; one segment holds "
                 "everything there"
             )
-        producers = [model.module(name) for name in module.after]
-        if len(producers) > 1 or (producers and module is not model.backbone):
+    _check_encoders(model)
+
+
+def _check_encoders(model: ModelSpec) -> None:
+    """Refuse modules that do not fit each other."""
+    backbone = model.backbone
+    kind = _ENCODERS[backbone.kind]
+    for module in model.modules[:-1]:
+        where = f"model {model.name!r}, module {module.name!r}"
+        if module.kind is not kind or module.after:
             raise ConfigError(
-                f"{where}: consumes {list(module.after)}; chunks are built for one encoder that "
-                "feeds the backbone"
+                f"{where}: is of kind {module.kind.value!r} and consumes {list(module.after)}; a "
+                f"{backbone.kind.value} backbone is fed by modules of kind {kind.value!r} that "
+                "consume nothing"
             )
-        for producer in producers:
-            width = producer.output_size or producer.hidden_size
-            if width != module.hidden_size:
-                raise ConfigError(
-                    f"{where}: is {module.hidden_size} wide and {producer.name!r} hands on "
-                    f"{width}; set output_size of {producer.name!r} to {module.hidden_size}"
-                )
+        width = module.output_size or module.hidden_size
+        wanted = backbone.input_size or backbone.hidden_size
+        if width != wanted:
+            raise ConfigError(
+                f"{where}: hands on {width} and {backbone.name!r} takes {wanted}; set output_size "
+                f"of {module.name!r} to {wanted}"
+            )
+    if backbone.kind is ModuleKind.DIFFUSION and len(model.modules) > 2:
+        raise ConfigError(
+            f"model {model.name!r}: {len(model.modules) - 1} text encoders; a diffusion backbone "
+            "reads the prompts of one"
+        )
+    if backbone.kind is ModuleKind.LANGUAGE and backbone.input_size is not None:
+        raise ConfigError(
+            f"model {model.name!r}, module {backbone.name!r}: input_size {backbone.input_size}; a "
+            "language model takes embeddings of its own width, set output_size of its encoders"
+        )

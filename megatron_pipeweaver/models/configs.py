@@ -12,7 +12,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.layout import ChunkLayout, ChunkPlace, ModuleLayout
-from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleSpec
+from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleKind, ModuleSpec
 from megatron_pipeweaver.models.options import ModelOptions
 
 
@@ -102,6 +102,8 @@ def _fields(module: ModuleSpec, options: ModelOptions) -> dict[str, Any]:
     }
     if module.gated_mlp:
         fields |= {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
+    if module.kind is ModuleKind.DIFFUSION:
+        fields["qk_layernorm"] = module.layer.qk_norm
     return fields
 
 

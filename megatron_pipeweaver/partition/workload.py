@@ -216,7 +216,12 @@ class _PassMaker:
     def _hidden_shape(self, module: ModuleSpec, load: Load) -> tuple[int, ...]:
         # As in Megatron's LLaVA, sequence and context parallelism are the backbone's alone.
         shards = self._sequence_shards if module is self._model.backbone else 1
-        return (-(-load.sequence // shards), load.batch, module.hidden_size)
+        if not module.time_tokens:
+            return (-(-load.sequence // shards), load.batch, module.hidden_size)
+        # Times and prompts travel in front of the clips' patches, all in one row.
+        times = module.time_tokens * len(load.lengths)
+        rows = times + sum(load.context_lengths) + load.tokens
+        return (-(-rows // shards), 1, module.hidden_size)
 
     def _stages(
         self, module: ModuleSpec, work: _Work, *, frozen: bool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_pipeweaver.ir.lmm import ModuleSpec
+from megatron_pipeweaver.ir.lmm import MODULATIONS, Modulation, ModuleSpec
 from megatron_pipeweaver.semu.architecture import LayerSpec
 from megatron_pipeweaver.semu.interface import Load
 from megatron_pipeweaver.semu.operators import (
@@ -24,6 +24,8 @@ INDEX_BYTES = 8
 """Token ids and targets are 64-bit integers."""
 SINGLE_BYTES = 4
 """The loss is computed in single precision."""
+TIME_WAVES = 256
+"""Sines and cosines that a diffusion model tells a time by (DiT)."""
 
 
 def patch_embedding(module: ModuleSpec, load: Load, options: RunOptions) -> Subgraph:
@@ -93,12 +95,84 @@ def token_embedding(module: ModuleSpec, load: Load, options: RunOptions) -> Subg
     return sketch.finish()
 
 
+def condition_embedding(module: ModuleSpec, load: Load, options: RunOptions) -> Subgraph:
+    """What a diffusion model's layers are conditioned on: times, and the prompts' features.
+
+    Two linears embed the time of each clip, a third makes the modulation that layers with a table
+    share; two more bring features of another width to that of the layers.
+    """
+    sketch = Sketch("condition_embedding", options)
+    rows, width = len(load.lengths), module.hidden_size
+    waves = sketch.tensor("waves", rows * TIME_WAVES)
+    time = _two_linears(sketch, "time", waves, rows, (TIME_WAVES, width), needs_input_grad=False)
+    if module.layer.modulation is Modulation.TABLE:
+        active = activation(sketch, "time_active", time, rows * width, gated=False)
+        linear(
+            sketch,
+            "time_shared",
+            active,
+            rows=rows,
+            width_in=width,
+            width_out=MODULATIONS * width,
+            bias=True,
+        )
+    if module.input_size is not None:
+        rows = sum(load.context_lengths)
+        features = sketch.tensor("features", rows * module.input_size)
+        _two_linears(sketch, "text", features, rows, (module.input_size, width))
+    return sketch.finish()
+
+
+def _two_linears(
+    sketch: Sketch,
+    name: str,
+    source: str,
+    rows: int,
+    widths: tuple[int, int],
+    *,
+    needs_input_grad: bool = True,
+) -> str:
+    width_in, width = widths
+    inner = linear(
+        sketch,
+        f"{name}_in",
+        source,
+        rows=rows,
+        width_in=width_in,
+        width_out=width,
+        bias=True,
+        needs_input_grad=needs_input_grad,
+    )
+    active = activation(sketch, f"{name}_activation", inner, rows * width, gated=False)
+    return linear(
+        sketch, f"{name}_out", active, rows=rows, width_in=width, width_out=width, bias=True
+    )
+
+
 def final_norm(module: ModuleSpec, spec: LayerSpec, load: Load, options: RunOptions) -> Subgraph:
-    """The norm behind the last layer."""
+    """The norm behind the last layer, modulated by shift and scale where the layers are."""
     sketch = Sketch("final_norm", options)
+    width = module.hidden_size
     rows = sharded_rows(context_rows(load, options), options)
-    hidden = sketch.tensor("hidden", rows * module.hidden_size)
-    norm(sketch, "final_norm", hidden, rows, module.hidden_size, rms=spec.rms_norm)
+    hidden = sketch.tensor("hidden", rows * width)
+    affine = spec.modulation is None
+    normed = norm(sketch, "final_norm", hidden, rows, width, rms=spec.rms_norm, affine=affine)
+    if spec.modulation is Modulation.TABLE:
+        sketch.tensor("final_table", 2 * width, parameter=True)
+    if spec.modulation is Modulation.LINEAR:
+        clips = len(load.lengths)
+        time = sketch.tensor("final_time", clips * width)
+        linear(
+            sketch,
+            "final_modulation",
+            time,
+            rows=clips,
+            width_in=width,
+            width_out=2 * width,
+            bias=True,
+        )
+    if spec.modulation is not None:
+        elementwise(sketch, "modulate_final", (normed,), rows * width, saves=(normed,))
     return sketch.finish()
 
 

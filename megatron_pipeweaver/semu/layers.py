@@ -9,6 +9,7 @@ parallelism so are the rows between the linears.
 
 from __future__ import annotations
 
+from megatron_pipeweaver.ir.lmm import MODULATIONS, Modulation
 from megatron_pipeweaver.semu.architecture import LayerSpec
 from megatron_pipeweaver.semu.attention import (
     AttentionShape,
@@ -37,8 +38,6 @@ from megatron_pipeweaver.semu.work import Subgraph
 
 _ROTARY_APART = ((12, 9), (14, 10))
 """Cosine, sine, half turned and joined, two products, their sum, joined to what is not turned."""
-_MODULATIONS = 6
-"""Shift, scale and gate, for attention and for the MLP."""
 
 
 def transformer_layer(spec: LayerSpec, load: Load, options: RunOptions) -> Subgraph:
@@ -67,8 +66,8 @@ def _residual(sketch: Sketch, name: str, branch: str, hidden: str) -> str:
 
 def _modulation_parameters(sketch: Sketch, spec: LayerSpec, load: Load) -> None:
     """Six vectors per sequence: from a table that shifts a shared projection, or a linear."""
-    width = _MODULATIONS * spec.hidden_size
-    if spec.modulation == "table":
+    width = MODULATIONS * spec.hidden_size
+    if spec.modulation is Modulation.TABLE:
         sketch.tensor("modulation.table", width, parameter=True)
         return
     rows = len(load.lengths)
@@ -79,7 +78,7 @@ def _modulation_parameters(sketch: Sketch, spec: LayerSpec, load: Load) -> None:
         time,
         rows=rows,
         width_in=spec.hidden_size,
-        width_out=shard(width, sketch.options),
+        width_out=width,
         bias=True,
     )
 

@@ -47,14 +47,17 @@ def _lm(sizes: str, vocabulary: int, **more: Any) -> ModuleSpec:
     )
 
 
-def _dit(sizes: str, context: int, **more: Any) -> ModuleSpec:
+def _dit(sizes: str, text: int, **more: Any) -> ModuleSpec:
+    """Prompts' features come in the width `text`; cross-attention reads the layers' own."""
+    hidden = int(sizes.split()[1])
     return _module(
         ModuleKind.DIFFUSION,
         sizes,
         **{
             "patch_size": 2,
             "image_channels": 16,
-            "layer": LayerOptions(context_size=context, modulation=Modulation.TABLE, qk_norm=True),
+            "input_size": text,
+            "layer": LayerOptions(context_size=hidden, modulation=Modulation.TABLE, qk_norm=True),
             **more,
         },
     )
@@ -123,8 +126,8 @@ MODULES: Mapping[str, ModuleSpec] = MappingProxyType(
             layer=replace(_QWEN3, experts=ExpertOptions(count=128, active=8, ffn_hidden_size=768)),
         ),
         # Diffusion transformers.
-        "wan2.1-1.3b": _dit("30 1536 8960 12 12", 1536),
-        "wan2.1-14b": _dit("40 5120 13824 40 40", 5120),
+        "wan2.1-1.3b": _dit("30 1536 8960 12 12", 4096),
+        "wan2.1-14b": _dit("40 5120 13824 40 40", 4096),
     }
 )
 
@@ -150,9 +153,10 @@ def _vlm(name: str, vision: str, language: str, sizes: tuple[int, int, int]) -> 
 
 
 def _t2v(name: str, text: str, diffusion: str, sizes: tuple[int, int, int]) -> Setup:
-    backbone = replace(MODULES[diffusion], name="diffusion", after=("text",))
     encoder = replace(MODULES[text], name="text", kind=ModuleKind.TEXT)
-    backbone = replace(backbone, layer=replace(backbone.layer, context_size=encoder.hidden_size))
+    backbone = replace(
+        MODULES[diffusion], name="diffusion", after=("text",), input_size=encoder.hidden_size
+    )
     return _setup(name, (encoder, backbone), sizes)
 
 

@@ -11,6 +11,7 @@ from megatron_pipeweaver.ir.layout import ModuleLayout
 from megatron_pipeweaver.ir.lmm import ModuleKind, ModuleSpec
 from megatron_pipeweaver.semu.architecture import layer_groups, layer_spec
 from megatron_pipeweaver.semu.heads import (
+    condition_embedding,
     final_norm,
     patch_embedding,
     patch_unembedding,
@@ -80,6 +81,8 @@ def stage_parts(module: ModuleSpec, stage: StageShape, load: Load) -> tuple[Part
     split = splits_context(module)
     if stage.is_first:
         parts.append(Part(_EMBEDDINGS[module.kind], (module, load), 1, False, split))
+        if module.time_tokens:
+            parts.append(Part(condition_embedding, (module, load), 1, False, False))
     for spec, copies in layer_groups(module, stage.first_layer, stage.layers):
         parts.append(Part(transformer_layer, (spec, load), copies, True, split))
     taps = sum(

@@ -35,6 +35,12 @@ def test_parameter_counts_are_the_published_ones(name: str) -> None:
     assert count == pytest.approx(PUBLISHED[name], rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.1-14b"])
+def test_diffusion_models_have_all_their_parameters(name: str) -> None:
+    count = module_parameters(module_preset(name)) / BILLION
+    assert count == pytest.approx(PUBLISHED[name], rel=0.0005)
+
+
 @pytest.mark.parametrize(("name", "billions"), [("vit-5b", 5), ("dit-5b", 5), ("dit-30b", 30)])
 def test_modules_known_by_their_size_alone_come_near_it(name: str, billions: int) -> None:
     count = module_parameters(module_preset(name)) / BILLION
@@ -70,7 +76,8 @@ def test_setups_join_encoder_and_backbone() -> None:
         if backbone.kind is ModuleKind.LANGUAGE:
             assert encoder.output_size == backbone.hidden_size
         else:
-            assert backbone.layer.context_size == encoder.hidden_size
+            assert backbone.input_size == encoder.hidden_size
+            assert backbone.layer.context_size == backbone.hidden_size
 
 
 def test_unknown_names_list_the_known_ones() -> None:
