@@ -38,7 +38,7 @@ class Modulation(StrEnum):
 
     @property
     def time_tokens(self) -> int:
-        """Vectors per clip that every layer reads: the time embedding, and the shared projection."""
+        """Vectors per clip that layers read: the time embedding, and the shared projection."""
         return 1 + (MODULATIONS if self is Modulation.TABLE else 0)
 
 

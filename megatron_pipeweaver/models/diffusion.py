@@ -118,10 +118,10 @@ class DiffusionChunk(ModelChunk):
         if not self.place.is_last:
             return torch.cat([conditions_SBH, patches_SBH])
         time_NH = conditions_SBH[: at - sum(clips.prompts) : self._time_tokens, 0]
-        velocity_SP = model.head(patches_SBH, time_NH, clips.lengths)[:, 0]
+        velocity_SP: Tensor = model.head(patches_SBH, time_NH, clips.lengths)[:, 0]
         if batch.get("noise") is None:
-            return velocity_SP[None]
-        return velocity_loss(velocity_SP, batch, self._module)[None]
+            return velocity_SP.unsqueeze(0)
+        return velocity_loss(velocity_SP, batch, self._module).unsqueeze(0)
 
     def _through_layers(self, patches: Tensor, conditions: Tensor, clips: ClipBatch) -> Tensor:
         decoder, device = self._model.decoder, patches.device
@@ -213,7 +213,7 @@ class DiffusionEmbedding(torch.nn.Module):
         """The time vectors of each clip, [N * k, H]."""
         weight = self.time_in.weight
         waves = sinusoids((times_N * _TIME_SCALE)[:, None], weight.shape[1]).to(weight.dtype)
-        time_NH = self.time_out(functional.silu(self.time_in(waves)))
+        time_NH: Tensor = self.time_out(functional.silu(self.time_in(waves)))
         if self.time_shared is None:
             return time_NH
         shared = self.time_shared(functional.silu(time_NH))
@@ -285,7 +285,9 @@ def noised_clips(batch: Mapping[str, Any]) -> list[Tensor]:
     if noise is None:
         return list(clips)
     times: Tensor = batch["timesteps"]
-    return [torch.lerp(clip, one, time) for clip, one, time in zip(clips, noise, times, strict=True)]
+    return [
+        torch.lerp(clip, one, time) for clip, one, time in zip(clips, noise, times, strict=True)
+    ]
 
 
 def velocity_loss(velocity_SP: Tensor, batch: Mapping[str, Any], module: ModuleSpec) -> Tensor:

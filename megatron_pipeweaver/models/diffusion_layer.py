@@ -137,9 +137,7 @@ class ModulatedLayer(TransformerLayer):  # type: ignore[misc]
             )
             hidden_SBH = hidden_SBH + self._dropped(with_bias(attended))
 
-        normed = modulated(
-            self.pre_mlp_layernorm(hidden_SBH), mlp_shift, mlp_scale, clips.lengths
-        )
+        normed = modulated(self.pre_mlp_layernorm(hidden_SBH), mlp_shift, mlp_scale, clips.lengths)
         branch = with_bias(self.mlp(normed))
         return hidden_SBH + self._dropped(gated(branch, mlp_gate, clips.lengths)), context
 
@@ -163,7 +161,7 @@ class ModulatedLayer(TransformerLayer):  # type: ignore[misc]
         return functional.dropout(branch, self.hidden_dropout, self.training)
 
 
-class DiffusionLayer(StrategyLayer, ModulatedLayer):
+class DiffusionLayer(StrategyLayer, ModulatedLayer):  # type: ignore[misc]
     """A modulated layer under run-time memory strategies."""
 
 
@@ -186,7 +184,7 @@ def _by_clip(
     # Clip by clip, since vectors repeated for every patch would be kept for the backward.
     if len(lengths) == 1:
         return apply(rows, 0)
-    clips = rows.split(list(lengths))
+    clips = torch.split(rows, list(lengths))
     return torch.cat([apply(clip, index) for index, clip in enumerate(clips)])
 
 

@@ -75,4 +75,4 @@ def _starts(lengths: Sequence[int], device: torch.device) -> Any:
 
 
 def _owners(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.repeat_interleave(torch.tensor(lengths)).to(device)
+    return torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)).to(device)

@@ -26,7 +26,7 @@ from megatron_pipeweaver.models.strategy import StrategyLayer
 
 @final
 class TextChunk(ModelChunk):
-    """Some layers of a GPT over prompts: with the token embedding in front, or the last norm behind.
+    """Some layers of a GPT over prompts: the token embedding in front, or the last norm behind.
 
     Its items are the microbatch's ``prompts``, one tensor of token ids each. Prompts of one length
     stand side by side, others one behind the other in one row, as the plan has them.

@@ -184,13 +184,13 @@ def one_module(spec: ModelSpec, name: str, **changes: object) -> ModelSpec:
         (
             one_module(vision_language(), "vision", output_size=16),
             WHOLE,
-            "is 12 wide and 'vision' hands on 16",
+            "'vision': hands on 16 and 'language' takes 12",
         ),
         (one_module(vision_language(), "vision", kind=ModuleKind.TEXT), WHOLE, "kind 'text'"),
         (
             one_module(vision_language(), "language", kind=ModuleKind.DIFFUSION),
             WHOLE,
-            "backbone 'language' is of kind 'diffusion'",
+            "a diffusion backbone is fed by modules of kind 'text'",
         ),
         (one_module(vision_language(), "language", vocab_size=None), WHOLE, "vocab_size"),
         (one_module(vision_language(), "vision", patch_size=3), WHOLE, "patch_size 3"),

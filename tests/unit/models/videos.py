@@ -61,9 +61,7 @@ def text_to_video(
     return ModelSpec(name="videos", modules=(text, video))
 
 
-def clip_batch(
-    clips: int, *, prompts: Sequence[int] = PROMPTS, seed: int = 0
-) -> dict[str, Any]:
+def clip_batch(clips: int, *, prompts: Sequence[int] = PROMPTS, seed: int = 0) -> dict[str, Any]:
     """One microbatch of `clips` clips of different lengths and shapes, with their prompts."""
     draw = torch.Generator().manual_seed(seed)
     sizes = [(3, 1 + (seed + index) % 3, 2, 4) for index in range(clips)]

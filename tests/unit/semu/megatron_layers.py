@@ -1,7 +1,7 @@
 """Real megatron-core layers on the CPU, and what they compute and keep."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -115,12 +115,28 @@ def measure(
     rotary: bool = False,
     recompute: bool = False,
 ) -> Measured:
-    """Matrix FLOPs, and bytes kept in storages that are neither parameters nor given masks."""
+    """What a layer does over random hidden states."""
     config = layer.config
     hidden = torch.randn(sequence, batch, config.hidden_size).requires_grad_(True)
     mask = torch.ones(1, 1, sequence, sequence, dtype=torch.bool).triu(1)
     angles = torch.randn(sequence, 1, 1, config.kv_channels) if rotary else None
-    ignored = {one.untyped_storage().data_ptr() for one in (mask, *layer.parameters())}
+
+    def run(states: torch.Tensor) -> torch.Tensor:
+        return layer(states, attention_mask=mask, rotary_pos_emb=angles)[0]
+
+    return observe(layer, run, hidden, given=[mask], recompute=recompute)
+
+
+def observe(
+    layer: torch.nn.Module,
+    run: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    *,
+    given: Sequence[torch.Tensor],
+    recompute: bool = False,
+) -> Measured:
+    """Matrix FLOPs, and bytes kept in storages that are neither parameters nor `given`."""
+    ignored = {one.untyped_storage().data_ptr() for one in (*given, *layer.parameters())}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -129,9 +145,6 @@ def measure(
             # Held here, so that no later storage can take the same address.
             kept[storage.data_ptr()] = (storage.nbytes(), tensor.detach())
         return tensor.detach()
-
-    def run(states: torch.Tensor) -> torch.Tensor:
-        return layer(states, attention_mask=mask, rotary_pos_emb=angles)[0]
 
     with (
         FlopCount() as forward,
