@@ -69,6 +69,7 @@ class ModelChunk(MegatronModule, abc.ABC):  # type: ignore[misc]
         self.model_type = ModelType.encoder_or_decoder
         self._inputs: tuple[Tensor, ...] = ()
         self._items: slice = slice(None)
+        self._sources: tuple[str, ...] = ()
 
     @property
     @abc.abstractmethod
@@ -101,6 +102,32 @@ class ModelChunk(MegatronModule, abc.ABC):  # type: ignore[misc]
                 f"chunk {self.place.module}{self.place.stage}: pass {one.key} is of another module"
             )
         self._items = slice(one.payload.item_start, one.payload.item_stop)
+        self.set_sources([key.module for key in one.after])
+
+    def set_sources(self, modules: Sequence[str]) -> None:
+        """Which modules the next forward's inputs come from; only several encoders need it."""
+        self._sources = tuple(modules)
+
+    def inputs_of(self, module: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Those of `inputs` that `module` made, in order.
+
+        Raises:
+            ConfigError: several modules may have made them, and nobody said which did.
+        """
+        after, sources = self.module_spec.after, self._sources
+        if not sources and len(after) == 1:
+            sources = after * len(inputs)
+        if len(sources) != len(inputs):
+            raise ConfigError(
+                f"chunk {self.place.module}{self.place.stage}: got {len(inputs)} inputs from "
+                f"{len(sources)} known modules of {list(after)}; name them with set_sources"
+            )
+        return tuple(one for one, name in zip(inputs, sources, strict=True) if name == module)
+
+    def count_items(self, batch: Mapping[str, Any]) -> int:
+        """How many items of its module a microbatch has; the backbone has none."""
+        del batch
+        return 0
 
     def set_strategy(self, name: str) -> None:
         """Under which memory strategy the next forwards run (`ir.strategy`)."""
@@ -123,6 +150,7 @@ class ModelChunk(MegatronModule, abc.ABC):  # type: ignore[misc]
         inputs, self._inputs = self._inputs, ()
         items, self._items = self._items, slice(None)
         output = self.run(batch, inputs, items)
+        self._sources = ()
         viewless: Tensor = make_viewless_tensor(
             output, requires_grad=output.requires_grad, keep_graph=True
         )

@@ -34,7 +34,15 @@ class LanguageChunk(ModelChunk):
                 "position embeddings turn pairs; choose attention_heads for an even width"
             )
         self._model_name = f"{module.name}_model"
-        self._image_token_id = options.image_token_id
+        # Without encoders there is nothing to place, and an image token is a mistake.
+        self._token_ids = {
+            name: options.encoder(name).token_id for name in module.after or (module.name,)
+        }
+        if len(set(self._token_ids.values())) < len(self._token_ids):
+            raise ConfigError(
+                f"module {module.name!r}: encoders share token ids, {self._token_ids}; give each "
+                "an id of its own in the model options' encoders"
+            )
         self._sequence_parallel = setting.config.sequence_parallel
         self.embeds_tokens = place.is_first
         model = GPTModel(
@@ -97,12 +105,17 @@ class LanguageChunk(ModelChunk):
         self, tokens_BS: Tensor, position_ids_BS: Tensor, images: tuple[Tensor, ...]
     ) -> Tensor:
         """Token embeddings with image embeddings in their positions, [S, B, H]."""
-        is_image_BS = tokens_BS == self._image_token_id
-        # An image token need not be in the vocabulary; what stands for it is replaced below.
+        places = {name: tokens_BS == one for name, one in self._token_ids.items()}
+        text_BS = tokens_BS
+        for is_image_BS in places.values():
+            # An image token need not be in the vocabulary; what stands for it is replaced below.
+            text_BS = text_BS.masked_fill(is_image_BS, 0)
         embedded_SBH: Tensor = self._model.embedding(
-            input_ids=tokens_BS.masked_fill(is_image_BS, 0), position_ids=position_ids_BS
+            input_ids=text_BS, position_ids=position_ids_BS
         )
-        embedded_SBH = place_image_embeddings(embedded_SBH, is_image_BS, images)
+        for name, is_image_BS in places.items():
+            made = self.inputs_of(name, images)
+            embedded_SBH = place_image_embeddings(embedded_SBH, is_image_BS, made)
         if self._sequence_parallel:
             embedded_SBH = tensor_parallel.scatter_to_sequence_parallel_region(embedded_SBH)
         return embedded_SBH

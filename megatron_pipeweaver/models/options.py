@@ -14,15 +14,28 @@ POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderOptions:
+    """One of several vision encoders: its images, and where their embeddings go.
+
+    `images` is the batch's key of its images, `image_size` their height and width in pixels;
+    `token_id` stands in `tokens` wherever an embedding goes, and is no other encoder's.
+    """
+
+    images: str
+    image_size: int
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
     """How the chunks of a model are made.
 
     `image_size` is height and width in pixels; `image_token_id` stands in `tokens` wherever an
-    image's embeddings go, once per embedding, and need not be in the vocabulary. `initialize` is
-    called with a rank's new chunks (`parameters.initialize_by_name` under a seed, say).
-    `transformer_engine` is `None` for "where it can be imported and there is a GPU". `common` are
-    fields of every module's `TransformerConfig`, `overrides[module]` those of one module;
-    overrides win.
+    image's embeddings go, once per embedding, and need not be in the vocabulary. With several
+    vision encoders, `encoders[module]` says so of each. `initialize` is called with a rank's new
+    chunks (`parameters.initialize_by_name` under a seed, say). `transformer_engine` is `None` for
+    "where it can be imported and there is a GPU". `common` are fields of every module's
+    `TransformerConfig`, `overrides[module]` those of one module; overrides win.
     """
 
     params_dtype: torch.dtype = torch.float32
@@ -30,6 +43,7 @@ class ModelOptions:
     max_sequence_length: int = 4096
     image_size: int = 224
     image_token_id: int = -200
+    encoders: Mapping[str, EncoderOptions] = field(default_factory=dict)
     position_embedding: str = "rope"
     rotary_base: int = 10_000
     transformer_engine: bool | None = None
@@ -48,3 +62,10 @@ class ModelOptions:
         for what in ("max_sequence_length", "image_size", "rotary_base"):
             if getattr(self, what) < 1:
                 raise ConfigError(f"model options: {what} is {getattr(self, what)}; need >= 1")
+
+    def encoder(self, name: str) -> EncoderOptions:
+        """What is said of the vision encoder `name`; by default, it takes the ``images``."""
+        usual = EncoderOptions(
+            images="images", image_size=self.image_size, token_id=self.image_token_id
+        )
+        return self.encoders.get(name, usual)

@@ -64,6 +64,10 @@ class TextChunk(ModelChunk):
     def _model(self) -> Any:
         return getattr(self, self._model_name)
 
+    def count_items(self, batch: Mapping[str, Any]) -> int:
+        """The microbatch's prompts."""
+        return len(batch.get("prompts", ()))
+
     def run(self, batch: Mapping[str, Any], inputs: tuple[Tensor, ...], items: slice) -> Tensor:
         """Prompts, or hidden states, to hidden states [S, B, H]."""
         prompts: Sequence[Tensor] = batch.get("prompts", ())[items]

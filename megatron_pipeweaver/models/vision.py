@@ -33,6 +33,7 @@ class VisionChunk(ModelChunk):
         module, place = setting.module, setting.place
         self._model_name = f"{module.name}_model"
         self._projection_name = f"{module.name}_projection"
+        self._key = setting.options.encoder(module.name).images
         build = _first_model if place.is_first else _later_model
         self.add_module(self._model_name, build(setting))
         self._folded = module.patches_per_token if place.is_last else 1
@@ -50,6 +51,11 @@ class VisionChunk(ModelChunk):
     def _model(self) -> Any:
         return getattr(self, self._model_name)
 
+    def count_items(self, batch: Mapping[str, Any]) -> int:
+        """The microbatch's images for this encoder."""
+        images: Tensor | None = batch.get(self._key)
+        return 0 if images is None else len(images)
+
     def run(self, batch: Mapping[str, Any], inputs: tuple[Tensor, ...], items: slice) -> Tensor:
         """Images, or the hidden states of the stage in front, to hidden states [S, B, H]."""
         if self.place.is_first:
@@ -64,12 +70,12 @@ class VisionChunk(ModelChunk):
         return output
 
     def _images(self, batch: Mapping[str, Any], items: slice) -> Tensor:
-        if batch.get("images") is None:
+        if batch.get(self._key) is None:
             raise ConfigError(
-                f"chunk {self.place.module}{self.place.stage}: the microbatch has no 'images'; "
-                "a microbatch without images has no vision pass"
+                f"chunk {self.place.module}{self.place.stage}: the microbatch has no "
+                f"{self._key!r}; a microbatch without images has no vision pass"
             )
-        images: Tensor = batch["images"][items]
+        images: Tensor = batch[self._key][items]
         return images.to(self._model.conv1.weight.dtype)
 
 
@@ -95,9 +101,10 @@ def fold_patches(hidden_SBH: Tensor, patches_per_token: int) -> Tensor:
 def _first_model(setting: ChunkSetting) -> Any:
     """Megatron's CLIP ViT with the chunk's layers and without class token."""
     module, options = setting.module, setting.options
-    if module.patch_size is None or options.image_size % module.patch_size:
+    image_size = options.encoder(module.name).image_size
+    if module.patch_size is None or image_size % module.patch_size:
         raise ConfigError(
-            f"module {module.name!r}: image_size {options.image_size} is not a multiple of "
+            f"module {module.name!r}: image_size {image_size} is not a multiple of "
             f"patch_size {module.patch_size}"
         )
     side, block = options.image_size // module.patch_size, math.isqrt(module.patches_per_token)
@@ -113,8 +120,8 @@ def _first_model(setting: ChunkSetting) -> Any:
         add_class_token=False,
         class_token_len=0,
         patch_dim=module.patch_size,
-        img_h=options.image_size,
-        img_w=options.image_size,
+        img_h=image_size,
+        img_w=image_size,
         pg_collection=setting.groups,
         vp_stage=setting.place.segment,
         **norm,

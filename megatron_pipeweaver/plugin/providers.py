@@ -288,10 +288,11 @@ class WholeModel(MegatronModule):  # type: ignore[misc]
         return self._chunks[-1].shared_embedding_or_output_weight()
 
     def forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """One microbatch through all modules; the loss of every token [B, S]."""
+        """One microbatch through all modules; the loss of every token or patch [B, S]."""
         *encoders, backbone = self._chunks
-        made = [encoder(batch) for encoder in encoders] if len(batch["images"]) else []
-        backbone.set_input_tensor(made)
+        present = [one for one in encoders if one.count_items(batch)]
+        backbone.set_input_tensor([one(batch) for one in present])
+        backbone.set_sources([one.place.module for one in present])
         losses: torch.Tensor = backbone(batch)
         return losses
 

@@ -18,7 +18,6 @@ from tests.distributed.training import (
     Trainer,
     installed,
     megatron_ranks,
-    random_batch,
     reduced,
     replica_rank,
     schedule_for,
@@ -74,7 +73,7 @@ def compare(
 ) -> int:
     """One iteration of both on a random batch; returns how many gradients were compared."""
     dtype = case.options.params_dtype
-    batches = [random_batch(rng, dtype) for _ in range(replicas)]
+    batches = [case.draw(rng, dtype) for _ in range(replicas)]
     outcomes = trainer.step(batches[replica_rank()])
     losses, grads = [], []
     for microbatches in batches:

@@ -35,6 +35,7 @@ from megatron_pipeweaver.models.parameters import global_parameters
 from megatron_pipeweaver.partition.sub_microbatch import split
 from megatron_pipeweaver.planner.planner import Planner
 from megatron_pipeweaver.plugin.compat import default_pg_collection
+from megatron_pipeweaver.plugin.data import DescribeMicrobatch
 from megatron_pipeweaver.plugin.install import install, run_on_cpu, uninstall
 from megatron_pipeweaver.plugin.schedule import PipeWeaverSchedule
 from megatron_pipeweaver.semu.interface import Load, StageShape
@@ -46,7 +47,7 @@ UNITS_PER_IMAGE = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A model, its cut, and how it is trained."""
+    """A model, its cut, how it is trained, and on what: metadata and random batches."""
 
     spec: ModelSpec
     layout: ChunkLayout
@@ -55,6 +56,10 @@ class Case:
     deterministic: bool = True
     overlap_grad_reduce: bool = False
     per_token_loss: bool = False
+    describe: DescribeMicrobatch = field(default_factory=lambda: describe)
+    draw: Callable[[random.Random, torch.dtype], list[dict[str, Any]]] = field(
+        default_factory=lambda: random_batch
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +151,7 @@ def schedule_for(case: Case, seed: int, **settings: Any) -> PipeWeaverSchedule:
         ),
     )
     settings.setdefault("wait_timeout", timedelta(seconds=20))
-    return PipeWeaverSchedule(planner, describe, **settings)
+    return PipeWeaverSchedule(planner, case.describe, **settings)
 
 
 def masked_mean(microbatch: Microbatch, losses_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -202,13 +207,14 @@ class Trainer:
         for one in self.model:
             one.zero_grad_buffer()
         loss_function = masked_sum if self.case.per_token_loss else masked_mean
+        first = self.case.describe(microbatches[0])
         outcomes: list[Any] = get_forward_backward_func()(
             forward_step_func=partial(forward_step, loss_function),
             data_iterator=[iter(microbatches) for _ in self.model],
             model=self.model,
             num_microbatches=len(microbatches),
-            seq_length=microbatches[0]["tokens"].shape[1],
-            micro_batch_size=microbatches[0]["tokens"].shape[0],
+            seq_length=first.sequence_length,
+            micro_batch_size=first.samples,
             **arguments,
         )
         return outcomes
@@ -256,15 +262,20 @@ class OneProcess:
         return [chunk for stages in self.stages.values() for chunk in stages]
 
     def _microbatch(self, microbatch: Microbatch, divisor: int) -> Tensor:
-        passes = [
-            self._forward("vision", microbatch, (), items)
-            for items in split(len(microbatch["images"]), self.case.images_per_pass)
+        found = self.case.describe(microbatch)
+        backbone = self.case.spec.backbone
+        parts = [
+            (module, items)
+            for module in self.case.spec.modules[:-1]
+            for items in split(found.count(module.name), self.case.images_per_pass)
         ]
+        passes = [self._forward(module.name, microbatch, (), items) for module, items in parts]
         inputs = tuple(
-            steps[-1][1].detach().requires_grad_(not self.case.spec.modules[0].frozen)
-            for steps in passes
+            steps[-1][1].detach().requires_grad_(not module.frozen)
+            for (module, _), steps in zip(parts, passes, strict=True)
         )
-        steps = self._forward("language", microbatch, inputs, (0, 1))
+        sources = [module.name for module, _ in parts]
+        steps = self._forward(backbone.name, microbatch, inputs, (0, 1), sources)
         loss_function = masked_sum if self.case.per_token_loss else masked_mean
         loss = loss_function(microbatch, steps[-1][1])[0]
         self._backward([*steps[:-1], (steps[-1][0], loss / divisor)], None)
@@ -279,10 +290,11 @@ class OneProcess:
         microbatch: Microbatch,
         inputs: tuple[Tensor, ...],
         items: tuple[int, int],
+        sources: Sequence[str] = (),
     ) -> list[tuple[tuple[Tensor, ...], Tensor]]:
         steps = []
         for chunk in self.stages[module]:
-            chunk.set_pass(one_pass(module, *items))
+            chunk.set_pass(one_pass(module, *items, after=sources))
             chunk.set_input_tensor(list(inputs))
             output = chunk(microbatch)
             steps.append((inputs, output))

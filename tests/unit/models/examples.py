@@ -101,11 +101,13 @@ def batch(images: int, *, samples: int = 1, text: int = 7, seed: int = 0) -> dic
     }
 
 
-def one_pass(module: str, start: int, stop: int, sub_microbatch: int = 0) -> PlanPass:
+def one_pass(
+    module: str, start: int, stop: int, sub_microbatch: int = 0, after: Sequence[str] = ()
+) -> PlanPass:
     return PlanPass(
         key=PassKey(0, module, sub_microbatch),
         stages=1,
-        after=(),
+        after=tuple(PassKey(0, one, index) for index, one in enumerate(after)),
         frozen=False,
         payload=PassPayload(item_start=start, item_stop=stop, hidden_shape=(), output_shape=()),
     )

@@ -9,7 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_pipeweaver.errors import ConfigError
-from megatron_pipeweaver.ir.batch import BatchMetadata, Item, MicrobatchMetadata
+from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.ir.lmm import LayerOptions, ModelSpec, Modulation
 from megatron_pipeweaver.ir.problem import PassKey, Strategy
 from megatron_pipeweaver.models.diffusion import in_patches, patch_places, sinusoids
@@ -25,6 +25,7 @@ from tests.unit.models.videos import (
     VOCABULARY,
     VideoModel,
     clip_batch,
+    describe,
     text_to_video,
 )
 
@@ -163,7 +164,7 @@ def test_plans_know_the_shapes_that_chunks_make(groups, modulation, projected):
     for clips, prompts in ((3, (4, 4, 4)), (4, PROMPTS), (2, ())):
         microbatch = clip_batch(clips, prompts=prompts)
         planned = make_workload(
-            BatchMetadata(microbatches=(described(microbatch),)),
+            BatchMetadata(microbatches=(describe(microbatch),)),
             spec,
             model.layout,
             {"text": 8},
@@ -182,25 +183,11 @@ def test_plans_know_the_shapes_that_chunks_make(groups, modulation, projected):
                     shape = (
                         payload.output_shape
                         if module == "text"
-                        else (1, planned_patches(microbatch))
+                        else (1, describe(microbatch).sequence_length)
                     )
                 assert features.shape == shape
                 assert features._base is None
             features = [features]
-
-
-def planned_patches(microbatch) -> int:
-    return described(microbatch).sequence_length
-
-
-def described(microbatch) -> MicrobatchMetadata:
-    patches = tuple(clip.shape[1] * 2 for clip in microbatch["clips"])
-    prompts = tuple(Item(units=len(one), tokens=len(one)) for one in microbatch["prompts"])
-    return MicrobatchMetadata(
-        sequence_length=sum(patches),
-        document_lengths=patches,
-        items={"text": prompts} if prompts else {},
-    )
 
 
 class Free:
@@ -222,7 +209,7 @@ def test_semu_counts_the_flops_of_the_whole_model(groups, modulation):
     microbatch = clip_batch(3, prompts=(4, 4, 4))
     with FlopCounterMode(display=False) as counter:
         model.run(microbatch)
-    batch = BatchMetadata(microbatches=(described(microbatch),))
+    batch = BatchMetadata(microbatches=(describe(microbatch),))
     options = RunOptions.unfused(element_bytes=8)
     whole = {
         one.name: StageShape(layers=one.layers, is_first=True, is_last=True) for one in spec.modules

@@ -1,5 +1,6 @@
 """A small text-to-video model, its batches, and the plainest way to run its chunks."""
 
+import random
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_pipeweaver.ir.batch import Item, MicrobatchMetadata
 from megatron_pipeweaver.ir.lmm import LayerOptions, ModelSpec, Modulation, ModuleKind, ModuleSpec
 from megatron_pipeweaver.models.options import ModelOptions
 from megatron_pipeweaver.models.parameters import initialize_by_name
@@ -76,7 +78,31 @@ def clip_batch(clips: int, *, prompts: Sequence[int] = PROMPTS, seed: int = 0) -
         "prompts": tuple(
             torch.randint(0, VOCABULARY, (length,), generator=draw) for length in prompts[:clips]
         ),
+        "loss_mask": torch.ones(1, sum(size[1] * 2 for size in sizes), dtype=torch.float64),
     }
+
+
+def describe(microbatch: Mapping[str, Any]) -> MicrobatchMetadata:
+    """Metadata off the tensors' shapes."""
+    patches = tuple(clip.shape[1] * 2 for clip in microbatch["clips"])
+    prompts = tuple(Item(units=len(one), tokens=len(one)) for one in microbatch["prompts"])
+    return MicrobatchMetadata(
+        sequence_length=sum(patches),
+        document_lengths=patches,
+        items={"text": prompts} if prompts else {},
+    )
+
+
+def random_clips(rng: random.Random, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Microbatches with 1 to 4 clips each; some of them without prompts."""
+    made = []
+    for _ in range(rng.randint(1, 5)):
+        prompts = rng.choice([PROMPTS, (4, 4, 4, 4), ()])
+        one = clip_batch(rng.randint(1, 4), prompts=prompts, seed=rng.randrange(10**6))
+        for name in ("clips", "noise"):
+            one[name] = tuple(values.to(dtype) for values in one[name])
+        made.append(one)
+    return made
 
 
 class VideoModel(Model):
