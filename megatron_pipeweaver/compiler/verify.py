@@ -9,13 +9,13 @@ of `ir.problem` and the plan.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import NoReturn
 
 from megatron_pipeweaver.compiler.grid import format_excerpt
-from megatron_pipeweaver.compiler.messages import activation_of, message_shape, remote_sources
+from megatron_pipeweaver.compiler.messages import activation_of, message_shape
 from megatron_pipeweaver.errors import ConfigError, PlanInvalidError
 from megatron_pipeweaver.ir.plan import (
     COMPUTE_KIND,
@@ -30,12 +30,14 @@ from megatron_pipeweaver.ir.plan import (
 )
 from megatron_pipeweaver.ir.plan_codec import fingerprint
 from megatron_pipeweaver.ir.plan_text import format_action
-from megatron_pipeweaver.ir.problem import OpKey, OpKind, PassGraph, dependencies
+from megatron_pipeweaver.ir.problem import Dependency, OpKey, OpKind, PassGraph, dependencies
 from megatron_pipeweaver.ir.text import format_op
 
 _Place = tuple[int, int]  # rank, index of the action there
 _ON_SOURCE = (ActionKind.ISEND, ActionKind.WAIT_ISEND)
 _ON_TARGET = (ActionKind.IRECV, ActionKind.WAIT_IRECV)
+_TRANSFERS = (*_ON_SOURCE, *_ON_TARGET)
+_Waits = Mapping[OpKey, tuple[Dependency, ...]]
 
 
 def verify(plan: Plan) -> VerifiedPlan:
@@ -48,10 +50,11 @@ def verify(plan: Plan) -> VerifiedPlan:
     graph = _graph(plan)
     ops = _op_places(plan, graph)
     _check_stage_pairs(plan, ops)
+    waits = {op: dependencies(graph, op) for op in ops}
     transfers = _transfer_places(plan)
-    _check_messages(plan, graph)
+    _check_messages(plan, graph, waits)
     _check_transfers(plan, transfers)
-    _check_order(plan, graph, ops, transfers)
+    _check_order(plan, waits, ops, transfers)
     _check_pair_order(plan, transfers)
     _check_progress(plan)
     _check_memory(plan, graph, ops)
@@ -156,7 +159,7 @@ def _transfer_places(plan: Plan) -> tuple[dict[ActionKind, _Place], ...]:
             continue
         if not 0 <= action.message < len(plan.messages):
             _fail(plan, place, f"names message {action.message} of {len(plan.messages)}")
-        if action.kind not in (*_ON_SOURCE, *_ON_TARGET):
+        if action.kind not in _TRANSFERS:
             _fail(plan, place, f"is of kind {action.kind}, which moves no message")
         message = plan.messages[action.message]
         rank = message.source_rank if action.kind in _ON_SOURCE else message.target_rank
@@ -176,10 +179,13 @@ def _told(message: Message) -> str:
     )
 
 
-def _check_messages(plan: Plan, graph: PassGraph) -> None:
+def _check_messages(plan: Plan, graph: PassGraph, waits: _Waits) -> None:
     """Exactly the messages that the dependencies ask for, with their ranks, shapes and types."""
     wanted = {
-        (source, target) for target in graph.ops() for source in remote_sources(graph, target)
+        (wait.op, target)
+        for target, found in waits.items()
+        for wait in found
+        if wait.carries_data and graph.rank_of(wait.op.stage) != graph.rank_of(target.stage)
     }
     payloads = {one.key: one.payload for one in plan.passes}
     dtypes: dict[str, str] = {}
@@ -190,18 +196,18 @@ def _check_messages(plan: Plan, graph: PassGraph) -> None:
             fault = "stands twice" if edge in seen else "is one that no dependency asks for"
             raise PlanInvalidError(f"plan: {_told(message)} {fault}")
         seen.add(edge)
-        activation = activation_of(*edge)
-        expected = {
-            "source_rank": graph.rank_of(message.source.stage),
-            "target_rank": graph.rank_of(message.target.stage),
-            "shape": message_shape(payloads, *edge),
-            "dtype": dtypes.setdefault(activation.module, message.dtype),
-        }
-        for what, value in expected.items():
-            if getattr(message, what) != value:
+        source_rank, target_rank = graph.rank_of(edge[0].stage), graph.rank_of(edge[1].stage)
+        shape = message_shape(payloads, *edge)
+        dtype = dtypes.setdefault(activation_of(*edge).module, message.dtype)
+        for what, found, value in (
+            ("source_rank", message.source_rank, source_rank),
+            ("target_rank", message.target_rank, target_rank),
+            ("shape", message.shape, shape),
+            ("dtype", message.dtype, dtype),
+        ):
+            if found != value:
                 raise PlanInvalidError(
-                    f"plan: {_told(message)} has {what} {getattr(message, what)}; it must be "
-                    f"{value}"
+                    f"plan: {_told(message)} has {what} {found}; it must be {value}"
                 )
         if message.dtype not in ELEMENT_BYTES or (message.shape and min(message.shape) < 0):
             raise PlanInvalidError(f"plan: {_told(message)} has no size: {message.dtype}")
@@ -245,13 +251,13 @@ def _check_transfers(plan: Plan, transfers: tuple[dict[ActionKind, _Place], ...]
 
 def _check_order(
     plan: Plan,
-    graph: PassGraph,
+    waits: _Waits,
     ops: Mapping[OpKey, _Place],
     transfers: tuple[dict[ActionKind, _Place], ...],
 ) -> None:
     """On its rank each op stands behind what it needs, each send behind what it sends."""
     for op, place in ops.items():
-        for wait in dependencies(graph, op):
+        for wait in waits[op]:
             other = ops[wait.op]
             if other[0] == place[0] and other > place:
                 _fail(plan, place, f"stands before `{format_op(wait.op)}`, which it waits for")
@@ -301,24 +307,23 @@ def _check_progress(plan: Plan) -> None:
         ActionKind.WAIT_ISEND: ActionKind.IRECV,
         ActionKind.WAIT_IRECV: ActionKind.ISEND,
     }
-    posted: set[tuple[ActionKind, int]] = set()
+    posted: dict[ActionKind, set[int]] = {kind: set() for kind in needs.values()}
     following = dict.fromkeys(range(plan.pipeline_size), 0)
-
-    def can_run(action: Action) -> bool:
-        if isinstance(action, ComputeAction) or action.kind not in needs:
-            return True
-        return (needs[action.kind], action.message) in posted
-
     moved = True
     while moved:
         moved = False
         for rank, actions in enumerate(plan.ranks):
-            while following[rank] < len(actions) and can_run(actions[following[rank]]):
-                action = actions[following[rank]]
+            start = index = following[rank]
+            while index < len(actions):
+                action = actions[index]
                 if isinstance(action, TransferAction):
-                    posted.add((action.kind, action.message))
-                following[rank] += 1
-                moved = True
+                    if action.kind in posted:
+                        posted[action.kind].add(action.message)
+                    elif action.message not in posted[needs[action.kind]]:
+                        break
+                index += 1
+            following[rank] = index
+            moved = moved or index > start
     stuck = [rank for rank, index in following.items() if index < len(plan.ranks[rank])]
     if stuck:
         raise PlanInvalidError(
@@ -332,25 +337,25 @@ def _check_progress(plan: Plan) -> None:
 
 def _check_memory(plan: Plan, graph: PassGraph, ops: Mapping[OpKey, _Place]) -> None:
     """In the order of execution no rank holds more than its capacity."""
-    held: Counter[int] = Counter()
-    for place, action in _actions(plan):
-        if not isinstance(action, ComputeAction):
-            continue
-        rank, capacity = place[0], plan.memory_capacity_bytes[place[0]]
-        if action.op.kind is OpKind.F:
-            held[rank] += action.memory_bytes
-            if held[rank] > capacity:
-                _fail(
-                    plan,
-                    place,
-                    f"brings held memory to {held[rank]} bytes; the capacity is {capacity}",
-                )
-        if _releases(graph, ops, action.op):
-            held[rank] -= action.memory_bytes
-
-
-def _releases(graph: PassGraph, ops: Mapping[OpKey, _Place], op: OpKey) -> bool:
-    """Whether the end of `op` ends its stage pair's hold on memory."""
-    if op.kind is OpKind.F:
-        return graph.nodes[op.owner].frozen
-    return op.kind is OpKind.W or op.with_kind(OpKind.W) not in ops
+    split = {op.with_kind(OpKind.B) for op in ops if op.kind is OpKind.W}
+    for rank, (actions, capacity) in enumerate(
+        zip(plan.ranks, plan.memory_capacity_bytes, strict=True)
+    ):
+        held = 0
+        for index, action in enumerate(actions):
+            if not isinstance(action, ComputeAction):
+                continue
+            op = action.op
+            if op.kind is OpKind.F:
+                held += action.memory_bytes
+                if held > capacity:
+                    _fail(
+                        plan,
+                        (rank, index),
+                        f"brings held memory to {held} bytes; the capacity is {capacity}",
+                    )
+                ends = graph.nodes[op.owner].frozen
+            else:
+                ends = op.kind is OpKind.W or op not in split
+            if ends:
+                held -= action.memory_bytes

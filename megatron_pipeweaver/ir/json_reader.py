@@ -27,7 +27,12 @@ def parse_json(data: bytes, source: str) -> JsonNode:
         value = json.loads(data.decode(), object_pairs_hook=_refuse_bad_keys)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: not readable JSON ({error}); write the file again") from None
-    return JsonNode(value, source, "$")
+    return JsonNode(value, None, source)
+
+
+def is_whole(value: object) -> bool:
+    """Whether `value` is a whole number of at least 0 that fits 64 bits; ``true`` is none."""
+    return type(value) is int and 0 <= value < _LIMIT
 
 
 def _refuse_bad_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -42,18 +47,32 @@ def _refuse_bad_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class JsonNode:
-    """A JSON value that knows where it stands; its readers return plain Python values."""
+    """A JSON value that knows where it stands; its readers return plain Python values.
 
-    __slots__ = ("_path", "_source", "_value")
+    A value stands under `key` in `parent`; the root has no parent, and its key is the source. The
+    path is put together only where it is told.
+    """
 
-    def __init__(self, value: Any, source: str, path: str) -> None:
+    __slots__ = ("_key", "_parent", "_value")
+
+    def __init__(self, value: Any, parent: JsonNode | None, key: str | int) -> None:
         self._value = value
-        self._source = source
-        self._path = path
+        self._parent = parent
+        self._key = key
+
+    @property
+    def plain(self) -> Any:
+        """The unchecked value, for readers of long lists that come back here if it is amiss."""
+        return self._value
 
     def fail(self, problem: str) -> NoReturn:
         """Raise `ConfigError` about this value."""
-        raise ConfigError(f"{self._source}: {self._path}: {problem}")
+        steps = []
+        node = self
+        while node._parent is not None:
+            steps.append(_step(node._key))
+            node = node._parent
+        raise ConfigError(f"{node._key}: ${''.join(reversed(steps))}: {problem}")
 
     def keys(self, required: frozenset[str], optional: frozenset[str] = frozenset()) -> JsonNode:
         """This node, known to be an object with all `required` and no unknown keys."""
@@ -65,9 +84,7 @@ class JsonNode:
         return self
 
     def __getitem__(self, key: str) -> JsonNode:
-        # A key that is no plain word (and might hold a line break) is quoted.
-        step = f".{key}" if key.isidentifier() else f"[{json.dumps(key)}]"
-        return JsonNode(self._object()[key], self._source, self._path + step)
+        return JsonNode(self._object()[key], self, key)
 
     def get(self, key: str) -> JsonNode | None:
         """The value under `key`, or `None` where the object has no such key."""
@@ -84,10 +101,7 @@ class JsonNode:
             self._wrong_type("an array")
         if length is not None and len(self._value) != length:
             self.fail(f"has {len(self._value)} entries; it must have {length}")
-        return [
-            JsonNode(value, self._source, f"{self._path}[{index}]")
-            for index, value in enumerate(self._value)
-        ]
+        return [JsonNode(value, self, index) for index, value in enumerate(self._value)]
 
     def integer(self, minimum: int = 0) -> int:
         """A whole number of at least `minimum`, below 2**63."""
@@ -137,6 +151,13 @@ class JsonNode:
 
     def _wrong_type(self, wanted: str) -> NoReturn:
         self.fail(f"is {_shown(self._value)}; it must be {wanted}")
+
+
+def _step(key: str | int) -> str:
+    """One step of a path; a key that is no plain word (and might hold a line break) is quoted."""
+    if isinstance(key, int):
+        return f"[{key}]"
+    return f".{key}" if key.isidentifier() else f"[{json.dumps(key)}]"
 
 
 def _shown(value: Any) -> str:

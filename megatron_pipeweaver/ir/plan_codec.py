@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_pipeweaver.ir.codec import check_format, digest, to_bytes
-from megatron_pipeweaver.ir.json_reader import JsonNode, parse_json
+from megatron_pipeweaver.ir.json_reader import JsonNode, is_whole, parse_json
 from megatron_pipeweaver.ir.plan import (
     ELEMENT_BYTES,
     Action,
@@ -21,7 +21,9 @@ from megatron_pipeweaver.ir.problem import OpKey, PassKey
 from megatron_pipeweaver.ir.text import format_op, parse_op
 
 PLAN_FORMAT = "pipeweaver.plan/1"
+_KINDS = {kind.value: kind for kind in ActionKind}
 _COMPUTE = frozenset({ActionKind.FW_STAGE, ActionKind.BW_STAGE, ActionKind.WG_STAGE})
+_TRANSFERS = {name: kind for name, kind in _KINDS.items() if kind not in _COMPUTE}
 
 
 def fingerprint(plan: Plan) -> str:
@@ -157,11 +159,15 @@ def _action_to_json(action: Action) -> list[Any]:
 
 
 def _read_action(node: JsonNode) -> Action:
+    match node.plain:
+        # Most of a plan, and so read without a node for each of its parts.
+        case [str(name), int(number)] if name in _TRANSFERS and is_whole(number):
+            return TransferAction(kind=_TRANSFERS[name], message=number)
     parts = node.array()
     name = parts[0].text() if parts else ""
-    if name not in [kind.value for kind in ActionKind]:
-        node.fail(f"begins with {name!r}; it must be one of {[kind.value for kind in ActionKind]}")
-    kind = ActionKind(name)
+    if name not in _KINDS:
+        node.fail(f"begins with {name!r}; it must be one of {list(_KINDS)}")
+    kind = _KINDS[name]
     if kind not in _COMPUTE:
         _, message = node.array(2)
         return TransferAction(kind=kind, message=message.integer())

@@ -29,7 +29,8 @@ def format_op(op: OpKey) -> str:
 
 def format_stage(module: str, stage: int) -> str:
     """``vision0``: a stage of a module."""
-    word = re.sub(r"[\s%]", lambda found: quote(found[0]), module)
+    # Most names are plain words.
+    word = module if module.isalnum() else re.sub(r"[\s%]", lambda one: quote(one[0]), module)
     return f"{word}{':' if word[-1].isdigit() or word[-1] == ':' else ''}{stage}"
 
 
