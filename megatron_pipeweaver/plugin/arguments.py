@@ -9,9 +9,9 @@ object whose keys are the flags' names behind ``--pipeweaver-``, with underscore
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,19 @@ PREFIX = "pipeweaver_"
 _FILE = "config"
 
 
-class Fallback(StrEnum):
-    """What happens where the searched plan is not there in time."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fallback:
+    """How long training waits for a searched plan, in milliseconds, before a static one runs.
 
-    STATIC = "static"
-    """Plan in a process of its own; the best static schedule runs."""
-    WAIT = "wait"
-    """Plan in the training process, which waits for every search."""
+    Then the planner has a process of its own. `None`: it plans in the training process, which
+    waits for every search.
+    """
+
+    bound_ms: int | None
+
+
+STATIC = Fallback(bound_ms=2000)
+WAIT = Fallback(bound_ms=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +55,7 @@ class PipeWeaverArguments:
     device_profile: str | None = None
     memory_fraction: float = 0.9
     deterministic: bool = False
-    fallback: Fallback = Fallback.STATIC
+    fallback: Fallback = STATIC
     trace_dir: Path | None = None
     dry_run: int | None = None
 
@@ -191,11 +197,30 @@ def _read_counts(node: JsonNode) -> Mapping[str, int]:
     return {module: one.integer(1) for module, one in node.entries()}
 
 
+_FALLBACK = re.compile(r"wait|static(:\d{1,9})?", re.ASCII)
+
+
+def _parse_fallback(text: str) -> str:
+    """``static``, ``static:500`` or ``wait``, as it is."""
+    if _FALLBACK.fullmatch(text) is None:
+        raise argparse.ArgumentTypeError(
+            f"cannot read {text!r}; give static, static:MILLISECONDS or wait"
+        )
+    return text
+
+
 def _read_fallback(node: JsonNode) -> str:
-    name = node.text()
-    if name not in {one.value for one in Fallback}:
-        node.fail(f"is {name!r}; choose one of {[one.value for one in Fallback]}")
-    return name
+    text = node.text()
+    if _FALLBACK.fullmatch(text) is None:
+        node.fail(f"is {text!r}; give static, static:MILLISECONDS or wait")
+    return text
+
+
+def _make_fallback(text: str) -> Fallback:
+    if text == "wait":
+        return WAIT
+    _, _, bound = text.partition(":")
+    return Fallback(bound_ms=int(bound)) if bound else STATIC
 
 
 _FLAGS: Mapping[str, _Flag] = {
@@ -260,13 +285,14 @@ _FLAGS: Mapping[str, _Flag] = {
     ),
     "fallback": _Flag(
         options={
-            "choices": [one.value for one in Fallback],
+            "type": _parse_fallback,
+            "metavar": "static[:MILLISECONDS]|wait",
             "help": "Plan in a process of its own, and run the best static schedule where the "
-            "searched one is not there in time (static, the default), or have every iteration "
-            "wait for its search (wait).",
+            "searched one is not there within so many milliseconds (static, the default, waits "
+            "2000), or have every iteration wait for its search (wait).",
         },
         read=_read_fallback,
-        make=Fallback,
+        make=_make_fallback,
     ),
     "trace_dir": _Flag(
         options={

@@ -32,7 +32,7 @@ from megatron_pipeweaver.planner.background import BackgroundConfig, BackgroundS
 from megatron_pipeweaver.planner.settings import CostSettings, PlannerSettings
 from megatron_pipeweaver.planner.source import InProcessSource, PlanSource
 from megatron_pipeweaver.plugin.arguments import (
-    Fallback,
+    WAIT,
     PipeWeaverArguments,
     add_pipeweaver_arguments,
     check_combinations,
@@ -198,7 +198,7 @@ def scheduled(
     schedule = PipeWeaverSchedule(
         source,
         family.describe(args),
-        gather_traces=ours.trace_dir is not None or ours.fallback is Fallback.STATIC,
+        gather_traces=ours.trace_dir is not None or ours.fallback != WAIT,
         on_iteration=journal.record,
     )
     install(schedule)
@@ -212,9 +212,12 @@ def scheduled(
 
 def plan_source(ours: PipeWeaverArguments, settings: PlannerSettings) -> PlanSource:
     """The planner beside training, or in its process, as ``--pipeweaver-fallback`` says."""
-    if ours.fallback is Fallback.WAIT:
+    bound_ms = ours.fallback.bound_ms
+    if bound_ms is None:
         return InProcessSource(settings.make())
-    return BackgroundSource(settings, BackgroundConfig(details=ours.trace_dir is not None))
+    return BackgroundSource(
+        settings, BackgroundConfig(wait_ns=bound_ms * 1_000_000, details=ours.trace_dir is not None)
+    )
 
 
 # --- what the planner is told --------------------------------------------------------------------

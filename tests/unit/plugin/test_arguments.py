@@ -8,6 +8,7 @@ import pytest
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.plugin.arguments import (
+    WAIT,
     Fallback,
     PipeWeaverArguments,
     add_pipeweaver_arguments,
@@ -55,7 +56,7 @@ def test_every_flag_is_read():
         device_profile="H100",
         memory_fraction=0.8,
         deterministic=True,
-        fallback=Fallback.WAIT,
+        fallback=WAIT,
         trace_dir=Path("traces"),
         dry_run=5,
     )
@@ -63,6 +64,20 @@ def test_every_flag_is_read():
     assert (search.time_budget_ns, search.threads, search.seed) == (2_500_000_000, 3, 7)
     assert search.deterministic
     assert not search.split_weight_grad
+
+
+@pytest.mark.parametrize(
+    ("text", "bound_ms"), [("static", 2000), ("static:0", 0), ("static:750", 750), ("wait", None)]
+)
+def test_the_bound_of_a_fallback_is_in_milliseconds(text, bound_ms):
+    assert read("--pipeweaver-fallback", text).fallback == Fallback(bound_ms=bound_ms)
+
+
+@pytest.mark.parametrize("text", ["hope", "static:", "static:-1", "static:1.5", "wait:3"])
+def test_a_fallback_that_is_none_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        read("--pipeweaver-fallback", text)
+    assert "give static, static:MILLISECONDS or wait" in capsys.readouterr().err
 
 
 FILE = {
@@ -88,7 +103,7 @@ def test_a_file_holds_every_flag_and_the_command_line_wins(tmp_path):
             **FILE,
             "segments": {"vision": 3},
             "trace_dir": Path("there"),
-            "fallback": Fallback.WAIT,
+            "fallback": WAIT,
         }
     )
 
@@ -99,7 +114,10 @@ def test_a_file_holds_every_flag_and_the_command_line_wins(tmp_path):
         ('{"speed": 1}', r"unknown key 'speed'"),
         ('{"segments": 2}', r"\$\.segments: is 2; it must be an object"),
         ('{"segments": {"vision": 0}}', r"\$\.segments\.vision: is 0"),
-        ('{"fallback": "hope"}', r"\$\.fallback: is 'hope'; choose one of"),
+        (
+            '{"fallback": "hope"}',
+            r"\$\.fallback: is 'hope'; give static, static:MILLISECONDS or wait",
+        ),
         ('{"memory_fraction": true}', r"\$\.memory_fraction: is true; it must be a number"),
         ('{"search_seconds": NaN}', r"\$\.search_seconds: is NaN; it must be finite"),
         ('{"memory_fraction": 1.5}', r"--pipeweaver-memory-fraction 1\.5"),
