@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.runtime.transfer import ProcessGroupTransport
+from megatron_pipeweaver.runtime.watchdog import StoreBoard, WatchConfig, Watchdog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +23,8 @@ class Communicators:
 
     `control` is a CPU group of all pipeline, tensor and context ranks of one replica, which run
     one plan; `planning_rank` is the global rank in it that plans. `pipeline` is a CPU group of
-    this rank's pipeline, in pipeline order; `transport` moves activations along it.
+    this rank's pipeline, in pipeline order; `transport` moves activations along it, and `watchdog`
+    tells where its ranks stand.
     """
 
     control: dist.ProcessGroup
@@ -29,6 +32,7 @@ class Communicators:
     pipeline: dist.ProcessGroup
     pipeline_rank: int
     transport: ProcessGroupTransport
+    watchdog: Watchdog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,16 +98,20 @@ def partition_ranks(rows: Sequence[Sequence[int]]) -> RankPartition:
     )
 
 
-def connect(pipeline_group: dist.ProcessGroup, timeout: timedelta) -> Communicators:
+def connect(
+    pipeline_group: dist.ProcessGroup, timeout: timedelta, watch: WatchConfig
+) -> Communicators:
     """Make all communicators; every rank of the job calls this at the same point.
 
     Args:
         pipeline_group: this rank's pipeline-parallel group.
         timeout: how long a wait may last before it ends with an error.
+        watch: when to tell where all ranks stand.
     """
     mine = dist.get_process_group_ranks(pipeline_group)
     ranks = partition_ranks(_gather_integers([parallel_state.get_data_parallel_rank(), *mine]))
     rank = dist.get_rank()
+    board = StoreBoard(_get_default_store(), "-".join(map(str, ranks.pipeline_of(rank))))
     return Communicators(
         control=_own_group(ranks.replicas, timeout),
         planning_rank=ranks.planning_rank(rank),
@@ -112,6 +120,7 @@ def connect(pipeline_group: dist.ProcessGroup, timeout: timedelta) -> Communicat
         transport=ProcessGroupTransport(
             ranks.pipelines, device=torch.device(torch.cuda.current_device()), timeout=timeout
         ),
+        watchdog=Watchdog(ranks.pipeline_rank(rank), board, watch),
     )
 
 

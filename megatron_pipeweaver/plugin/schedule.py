@@ -16,6 +16,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from megatron_pipeweaver.errors import PipeWeaverError, UnsupportedMegatronError
 from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.ir.layout import ChunkLayout
+from megatron_pipeweaver.ir.plan import VerifiedPlan
 from megatron_pipeweaver.ir.trace import Trace
 from megatron_pipeweaver.planner.planner import PlannedIteration, Planner, batch_digest
 from megatron_pipeweaver.planner.source import InProcessSource, PlanAnswer, PlanSource
@@ -33,6 +34,7 @@ from megatron_pipeweaver.plugin.stages import MegatronStages, StepContext
 from megatron_pipeweaver.runtime.agreement import agree, broadcast_bytes
 from megatron_pipeweaver.runtime.executor import Executor
 from megatron_pipeweaver.runtime.recorder import Recorder
+from megatron_pipeweaver.runtime.watchdog import WatchConfig
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ class PipeWeaverSchedule:
             learn from measured times only where this is on.
         on_iteration: told of every iteration when it has run, on every rank.
         wait_timeout: how long a wait for another rank may last before it ends with an error.
+        watch: when to tell where all ranks stand.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class PipeWeaverSchedule:
         gather_traces: bool = False,
         on_iteration: Callable[[IterationReport], None] | None = None,
         wait_timeout: timedelta = timedelta(minutes=10),
+        watch: WatchConfig | None = None,
     ) -> None:
         self._source = InProcessSource(source) if isinstance(source, Planner) else source
         self._look_ahead = LookAhead()
@@ -99,6 +103,7 @@ class PipeWeaverSchedule:
         self._gather_traces = gather_traces
         self._on_iteration = on_iteration
         self._wait_timeout = wait_timeout
+        self._watch = watch or WatchConfig()
         self._communicators: Communicators | None = None
         self._iteration = 0
 
@@ -145,7 +150,7 @@ class PipeWeaverSchedule:
         refuse_unsupported(config, adjust_tensor_shapes_fn)
         groups = pg_collection or compat.default_pg_collection()
         if self._communicators is None:
-            self._communicators = connect(groups.pp, self._wait_timeout)
+            self._communicators = connect(groups.pp, self._wait_timeout, self._watch)
         with _timed(config):
             load = self._load(data_iterator, num_microbatches)
             received, answer = self._plan_for(load, forward_only, self._communicators)
@@ -161,22 +166,25 @@ class PipeWeaverSchedule:
                 first_val_step=first_val_step,
             )
             stages = MegatronStages(context, self.layout, received.plan.plan)
-            recorder = Recorder(self._iteration, received.plan.fingerprint)
-            if self._gather_traces:
-                recorder.start(self._communicators.pipeline)
             start_ns = time.perf_counter_ns()
             with gathered_parameters(chunks), _no_gradient_sync(config):
-                Executor(
-                    self._communicators.pipeline_rank,
-                    stages,
-                    self._communicators.transport,
-                    recorder,
-                ).run(received.plan)
+                recorder = self._execute(received.plan, stages, self._communicators)
             measured_ns = time.perf_counter_ns() - start_ns
             if not forward_only:
                 finish_gradients(chunks, config, stages.num_tokens, groups, force_all_reduce)
         self._report(received, answer, load.batch, forward_only, measured_ns, recorder)
         return stages.losses()
+
+    def _execute(
+        self, verified: VerifiedPlan, stages: MegatronStages, ranks: Communicators
+    ) -> Recorder:
+        """Run this rank's actions, watched; what they took."""
+        with ranks.watchdog.watching(verified.plan, self._iteration) as at:
+            recorder = Recorder(self._iteration, verified.fingerprint, on_action=at)
+            if self._gather_traces:
+                recorder.start(ranks.pipeline)
+            Executor(ranks.pipeline_rank, stages, ranks.transport, recorder).run(verified)
+        return recorder
 
     def _load(self, data_iterator: DataIterator, count: int) -> _Load:
         """This rank's microbatches and their metadata, or why it has none."""
