@@ -14,6 +14,7 @@ does on a GPU.
 import argparse
 import os
 import platform
+import random
 import statistics
 import sys
 from collections.abc import Sequence
@@ -95,10 +96,21 @@ def predicted_bytes(
 
 
 def timed_rounds(rounds: int, probes: ProbeRounds, chunks: Sequence[Timed]) -> None:
-    """Every probe and every chunk once a round; the first round warms up."""
+    """Every probe and every chunk once a round, in another order each time; the first warms up.
+
+    Calibration and comparison thus meet the same moods of the machine.
+    """
+    source = random.Random(0)
+    steps: list[tuple[Timed | None, int]] = [
+        *((None, index) for index in range(len(probes))),
+        *((one, 0) for one in chunks),
+    ]
     for number in range(rounds + 1):
-        probes.run()
-        for one in chunks:
+        source.shuffle(steps)
+        for one, index in steps:
+            if one is None:
+                probes.run_one(index)
+                continue
             forward, backward = one.chunk.time_ns(one.size, probes.clock)
             if number:
                 one.forward.append(forward)

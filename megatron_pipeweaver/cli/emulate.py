@@ -15,6 +15,7 @@ from megatron_pipeweaver.ir.schedule import Schedule
 from megatron_pipeweaver.partition.offline import Partition
 from megatron_pipeweaver.partition.tune import Candidate, Job, Scheduler, evaluate
 from megatron_pipeweaver.search.anytime import solve
+from megatron_pipeweaver.semu.reuse import DiskCache, Reuse
 from megatron_pipeweaver.view.report import format_table
 from megatron_pipeweaver.view.units import milliseconds, percent, size
 
@@ -24,18 +25,43 @@ HELP = "emulate a training step of a job file: time, communication, memory and M
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("job", type=Path, help="a pipeweaver.job/1 file")
+    add_cache_argument(parser)
     add_search_arguments(parser)
+
+
+def add_cache_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare the file that keeps emulated subgraphs."""
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="FILE",
+        help="keep emulated subgraphs in FILE, and take those of earlier runs from it",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Cut, schedule, emulate, print; the exit code."""
     config = search_config(args)
     file = load_job(args.job)
-    found = evaluate(file.job, file.parallel, searched(config))
+    reuse, disk = Reuse(), None if args.cache is None else DiskCache(args.cache)
+    found = evaluate(file.job, file.parallel, searched(config), reuse=reuse, disk=disk)
     print(f"{heading(file.job, file.parallel.world_size)}: {sizes(found.parallel)}")
     print(f"{cut(found.partition)}\n")
     print(f"{_totals(found)}\n\n{_times(found)}\n\n{_memory(found, file.job)}")
+    print(f"\n{kept(reuse, disk)}")
     return 0
+
+
+def kept(reuse: Reuse, disk: DiskCache | None) -> str:
+    """How often emulation was spared, after what is new has been written to `disk`."""
+    asked = reuse.hits + reuse.misses
+    lines = [f"reuse: {reuse.hits} of {asked} requests ({percent(reuse.hit_rate)})"]
+    if disk is not None:
+        disk.save()
+        lines.append(
+            f"cache: {disk.hits} of {disk.hits + disk.misses} subgraphs found in {disk.path}"
+        )
+    return "\n".join(lines)
 
 
 def searched(config: SearchConfig) -> Scheduler:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_pipeweaver.cli.emulate import cut, heading, searched
+from megatron_pipeweaver.cli.emulate import add_cache_argument, cut, heading, kept, searched
 from megatron_pipeweaver.cli.job_files import load_job
 from megatron_pipeweaver.cli.search_flags import add_search_arguments, search_config
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.partition.tune import Candidate, parallel_choices, tune
+from megatron_pipeweaver.semu.reuse import DiskCache, Reuse
 from megatron_pipeweaver.view.report import format_table
 from megatron_pipeweaver.view.units import milliseconds, percent, size
 
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="expert-parallel sizes to try (default: all that divide the experts)",
     )
+    add_cache_argument(parser)
     add_search_arguments(parser)
 
 
@@ -57,10 +59,11 @@ def run(args: argparse.Namespace) -> int:
             experts=None if args.expert is None else sorted(set(args.expert)),
         )
     )
-    found = tune(file.job, file.ranks, searched(config), choices=choices)
+    reuse, disk = Reuse(), None if args.cache is None else DiskCache(args.cache)
+    found = tune(file.job, file.ranks, searched(config), choices=choices, reuse=reuse, disk=disk)
     print(f"{heading(file.job, file.ranks)}: {len(found)} candidates fit\n")
     print(_table(found[: args.top]))
-    print(f"\nthe first one has {cut(found[0].partition)}")
+    print(f"\nthe first one has {cut(found[0].partition)}\n\n{kept(reuse, disk)}")
     return 0
 
 

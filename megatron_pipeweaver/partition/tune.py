@@ -26,7 +26,7 @@ from megatron_pipeweaver.semu.memory import (
 )
 from megatron_pipeweaver.semu.model import DEFAULT_STRATEGIES, AnalyticCostModel
 from megatron_pipeweaver.semu.options import RunOptions
-from megatron_pipeweaver.semu.reuse import Reuse
+from megatron_pipeweaver.semu.reuse import DiskCache, Reuse
 from megatron_pipeweaver.semu.stages import module_stages
 from megatron_pipeweaver.semu.step import StepReport, emulate_step, training_flops
 
@@ -130,6 +130,7 @@ def tune(
     *,
     choices: Sequence[ParallelSizes] | None = None,
     reuse: Reuse | None = None,
+    disk: DiskCache | None = None,
 ) -> tuple[Candidate, ...]:
     """All choices that fit, fastest first.
 
@@ -139,6 +140,7 @@ def tune(
         schedule: makes a pipeline's schedule.
         choices: the parallel sizes to try; all that fill `ranks` by default.
         reuse: where emulated results are kept.
+        disk: those of earlier runs.
 
     Raises:
         InfeasibleError: nothing fits.
@@ -153,7 +155,7 @@ def tune(
     refusals: list[str] = []
     for parallel in tried:
         try:
-            found.append(evaluate(job, parallel, schedule, reuse=shared))
+            found.append(evaluate(job, parallel, schedule, reuse=shared, disk=disk))
         except (InfeasibleError, ConfigError) as error:
             refusals.append(str(error))
             _log.info("%s does not fit: %s", parallel, error)
@@ -172,6 +174,7 @@ def evaluate(
     schedule: Scheduler,
     *,
     reuse: Reuse | None = None,
+    disk: DiskCache | None = None,
     partition: Partition | None = None,
 ) -> Candidate:
     """One choice of parallel sizes: B_i and K_i by the paper's rules, schedules, step.
@@ -181,6 +184,7 @@ def evaluate(
         parallel: the sizes.
         schedule: makes a pipeline's schedule.
         reuse: where emulated results are kept.
+        disk: those of earlier runs.
         partition: B_i and K_i, where they are given.
 
     Raises:
@@ -192,7 +196,9 @@ def evaluate(
             f"{len(job.microbatches)} microbatches cannot be dealt to {parallel.data} replicas"
         )
     options = replace(job.options, parallel=parallel)
-    costs = AnalyticCostModel(job.device, options, reuse=reuse, strategies=job.strategies)
+    costs = AnalyticCostModel(
+        job.device, options, reuse=reuse, strategies=job.strategies, disk=disk
+    )
     typical = max(job.microbatches, key=lambda one: sum(map(len, one.items.values())))
     cut = partition or partition_model(
         job.model,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, fields, replace
 
-from megatron_pipeweaver import __version__
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.lmm import ModuleSpec
 from megatron_pipeweaver.ir.problem import Strategy
@@ -15,7 +14,7 @@ from megatron_pipeweaver.semu.devices import DeviceProfile
 from megatron_pipeweaver.semu.graph import Memory, Store, emulate
 from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.options import Attention, RunOptions
-from megatron_pipeweaver.semu.reuse import DiskCache, Reuse, content_key
+from megatron_pipeweaver.semu.reuse import DiskCache, Reuse, content_key, source_digest
 from megatron_pipeweaver.semu.stage_costs import GraphCost, StageCosts, StagePart
 from megatron_pipeweaver.semu.stages import Part, canonical_stage, splits_context, stage_parts
 from megatron_pipeweaver.semu.strategies import held_tensors, recomputed
@@ -23,6 +22,7 @@ from megatron_pipeweaver.semu.training import backward_graph, forward_graph
 from megatron_pipeweaver.semu.work import NO_WORK, OperatorClass, Phase, Queue, Subgraph, Work
 
 DEFAULT_STRATEGIES = (LayerStrategy.KEEP, LayerStrategy.RECOMPUTE)
+_COST_FIELDS = tuple(field.name for field in fields(GraphCost))
 _MEMORY = Memory(0, Store.DEVICE)
 
 
@@ -35,7 +35,7 @@ class AnalyticCostModel:
         rules: a user's own latencies by operator class.
         reuse: where results are kept; one of its own if none is given.
         strategies: the candidates for a stage's layers, all of them alike.
-        disk: stage pairs of earlier runs; not together with `rules`, whose content is unknown.
+        disk: subgraphs of earlier runs; not together with `rules`, whose content is unknown.
 
     Raises:
         ConfigError: `disk` and `rules` are both given, or attention is dense with context
@@ -76,7 +76,7 @@ class AnalyticCostModel:
         self.strategies = strategies
         self._costs = OperatorCosts(profile, rules, _scale_out_queues(profile, options))
         self._disk = disk
-        self._content = content_key(__version__, profile, options, strategies)
+        self._content = "" if disk is None else content_key(source_digest(), profile, options)
         # Models that share a `Reuse` share results only where all of this is equal.
         self._context = self.reuse.context((profile, options, strategies, rules))
 
@@ -91,7 +91,7 @@ class AnalyticCostModel:
         stage = canonical_stage(module, stage)
         return self.reuse.get(
             (self._context, "stage", module, stage, load),
-            lambda: self._found_strategies(module, stage, load),
+            lambda: self._stage_strategies(module, stage, load),
         )
 
     def p2p_latency_ns(self, size_bytes: int) -> int:
@@ -145,8 +145,18 @@ class AnalyticCostModel:
         """Times and memory of one copy of a part under one strategy."""
         return self.reuse.get(
             (self._context, "part", part.make, part.arguments, part.splits_context, strategy),
-            lambda: self.graph_cost(self._graph(part), strategy),
+            lambda: self._found_cost(part, strategy),
         )
+
+    def _found_cost(self, part: Part, strategy: LayerStrategy) -> GraphCost:
+        """From disk, where it is there."""
+        if self._disk is None:
+            return self.graph_cost(self._graph(part), strategy)
+        key = content_key(
+            self._content, part.make.__name__, part.arguments, part.splits_context, strategy
+        )
+        numbers = self._disk.get(key, lambda: astuple(self.graph_cost(self._graph(part), strategy)))
+        return GraphCost(**dict(zip(_COST_FIELDS, numbers, strict=True)))
 
     def _graph(self, part: Part) -> Subgraph:
         return self.reuse.get(
@@ -193,16 +203,6 @@ class AnalyticCostModel:
             return 0
         work = Work(network_bytes=size_bytes, steps=1)
         return self._costs.work_ns(work, OperatorClass.HOST_COPY, Queue.HOST_LINK)
-
-    def _found_strategies(
-        self, module: ModuleSpec, stage: StageShape, load: Load
-    ) -> tuple[Strategy, ...]:
-        if self._disk is None:
-            return self._stage_strategies(module, stage, load)
-        return self._disk.get(
-            content_key(self._content, module, stage, load),
-            lambda: self._stage_strategies(module, stage, load),
-        )
 
     def _stage_strategies(
         self, module: ModuleSpec, stage: StageShape, load: Load

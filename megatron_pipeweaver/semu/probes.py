@@ -151,14 +151,15 @@ class ProbeRounds:
 
     def run(self) -> None:
         """One round over all probes."""
-        for probe, times in zip(self._probes, self._times, strict=True):
-            self.run_one(probe, times)
+        for index in range(len(self)):
+            self.run_one(index)
 
-    def run_one(self, probe: Probe, times: _Times) -> None:
-        """Forwards, input gradients, weight gradients: each in one go between looks at the clock.
+    def run_one(self, index: int) -> None:
+        """Time one probe: forwards, input gradients, weight gradients, each in one go.
 
         Weight gradients are added to those of the step before, as in training.
         """
+        probe, times = self._probes[index], self._times[index]
         backward = self._torch.autograd.backward
         marks = [self.clock.now_ns()]
         outputs = [probe.run() for _ in range(times.loops)]

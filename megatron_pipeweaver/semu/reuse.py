@@ -7,21 +7,20 @@ iterations ask for the same keys (`Reuse`); further runs find stage pairs on dis
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar, cast
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.codec import check_format, to_bytes
 from megatron_pipeweaver.ir.json_reader import parse_json
-from megatron_pipeweaver.ir.problem import Strategy
 
-CACHE_FORMAT = "pipeweaver.semu_cache/1"
-_FIELDS = ("name", "forward_ns", "backward_ns", "weight_grad_ns", "memory_bytes")
+CACHE_FORMAT = "pipeweaver.semu_cache/2"
 _V = TypeVar("_V")
 _log = logging.getLogger(__name__)
 
@@ -72,12 +71,21 @@ def content_key(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def source_digest() -> str:
+    """A digest of the emulator's own source files: another emulator's results are not reused."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 class DiskCache:
-    """Strategies of stage pairs in one file, found by content and shared by runs.
+    """Emulated subgraphs as rows of integers in one file, found by content and shared by runs.
 
     Every write replaces the file as a whole by a renamed one that holds a digest of its content,
-    so readers never see half of it; of two writers at once, one may lose entries, which are only
-    emulated again. A file that does not read back is left out with a warning, and written anew.
+    so readers never see half of it. Writers take turns by a lock on a file beside it and add to
+    what they find, so none of several at once loses entries. A file that does not read back is
+    left out with a warning, and written anew.
 
     Args:
         path: the file; it need not exist yet.
@@ -88,12 +96,12 @@ class DiskCache:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._entries = _read_entries(path)
-        self._fresh: dict[str, tuple[Strategy, ...]] = {}
+        self._fresh: dict[str, tuple[int, ...]] = {}
         self.hits = 0
         self.misses = 0
 
-    def get(self, key: str, make: Callable[[], tuple[Strategy, ...]]) -> tuple[Strategy, ...]:
-        """The strategies under `key`, from the file or from `make`."""
+    def get(self, key: str, make: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+        """The row under `key`, from the file or from `make`."""
         found = self._entries.get(key)
         if found is not None:
             self.hits += 1
@@ -104,20 +112,35 @@ class DiskCache:
         return value
 
     def save(self) -> None:
-        """Add what is new to the file; what others have added meanwhile stays."""
+        """Add what is new to the file; what others have added meanwhile stays.
+
+        Raises:
+            ConfigError: the file or its folder cannot be written.
+        """
         if not self._fresh:
             return
-        entries = {**_read_entries(self.path), **self._fresh}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _replace_file(self.path, _entries_to_json(entries))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _writing(self.path):
+                entries = {**_read_entries(self.path), **self._fresh}
+                _replace_file(self.path, _entries_to_json(entries))
+        except OSError as error:
+            raise ConfigError(
+                f"cost cache {self.path} cannot be written ({error}); name another file"
+            ) from error
         self._fresh.clear()
 
 
-def _entries_to_json(entries: Mapping[str, tuple[Strategy, ...]]) -> bytes:
-    rows = [
-        [key, [[getattr(one, field) for field in _FIELDS] for one in strategies]]
-        for key, strategies in sorted(entries.items())
-    ]
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Keep other writers of `path` out; the lock ends with its process, however that ends."""
+    with (path.parent / f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _entries_to_json(entries: Mapping[str, tuple[int, ...]]) -> bytes:
+    rows = [[key, list(numbers)] for key, numbers in sorted(entries.items())]
     return to_bytes(
         {
             "format": CACHE_FORMAT,
@@ -127,7 +150,7 @@ def _entries_to_json(entries: Mapping[str, tuple[Strategy, ...]]) -> bytes:
     )
 
 
-def _read_entries(path: Path) -> dict[str, tuple[Strategy, ...]]:
+def _read_entries(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -142,24 +165,11 @@ def _read_entries(path: Path) -> dict[str, tuple[Strategy, ...]]:
         return {}
 
 
-def _parse_entries(data: bytes, source: str) -> dict[str, tuple[Strategy, ...]]:
+def _parse_entries(data: bytes, source: str) -> dict[str, tuple[int, ...]]:
     root = check_format(parse_json(data, source), CACHE_FORMAT, {"sha256", "entries"})
-    rows = [
-        (key.text(), [strategy.array(len(_FIELDS)) for strategy in strategies.array()])
-        for key, strategies in (entry.array(2) for entry in root["entries"].array())
-    ]
     entries = {
-        key: tuple(
-            Strategy(
-                name=name.text(),
-                forward_ns=forward.integer(),
-                backward_ns=backward.integer(),
-                weight_grad_ns=weight.integer(),
-                memory_bytes=memory.integer(),
-            )
-            for name, forward, backward, weight, memory in strategies
-        )
-        for key, strategies in rows
+        key.text(): tuple(number.integer() for number in numbers.array())
+        for key, numbers in (entry.array(2) for entry in root["entries"].array())
     }
     # The digest is that of the canonical form, so a changed digit does not pass as a number.
     if _entries_to_json(entries) != data:

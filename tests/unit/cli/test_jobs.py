@@ -211,6 +211,22 @@ def test_hidden_exchanges_shorten_the_step(write, capsys):
         assert whole == alone == same > less
 
 
+def test_a_cache_file_spares_emulation_and_changes_nothing(write, tmp_path, capsys):
+    path, cache = write(), tmp_path / "cache.json"
+    outputs = []
+    for _ in range(2):
+        assert main(["emulate", str(path), *QUICK, "--cache", str(cache)]) == 0
+        outputs.append(capsys.readouterr().out.partition("\nreuse: "))
+    assert main(["emulate", str(path), *QUICK]) == 0
+    without = capsys.readouterr().out.partition("\nreuse: ")
+    assert outputs[0][0] == outputs[1][0] == without[0]
+    found = [out.partition("\ncache: ")[2].split()[:3:2] for _, _, out in outputs]
+    (none, asked), (all_of_them, as_many) = found
+    assert none == "0"
+    assert all_of_them == as_many == asked
+    assert "cache: " not in without[2]
+
+
 def changed(**changes: object) -> dict[str, object]:
     return {"model": {"name": "small", "modules": [{**VISION, **changes}, LANGUAGE]}}
 
