@@ -8,8 +8,9 @@ from pathlib import Path
 from megatron_pipeweaver.cli.files import refuse_bad_outputs
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.json_reader import write_whole
-from megatron_pipeweaver.semu.calibration import calibrate
-from megatron_pipeweaver.semu.devices import load_device, profile_to_json
+from megatron_pipeweaver.semu.calibration import Sample, calibrate
+from megatron_pipeweaver.semu.collectives import measure_collectives, process_group, ranks_of_job
+from megatron_pipeweaver.semu.devices import DeviceProfile, load_device, profile_to_json
 from megatron_pipeweaver.semu.probes import measure, sizes_for
 from megatron_pipeweaver.view.report import format_table
 from megatron_pipeweaver.view.units import percent
@@ -47,7 +48,20 @@ def run(args: argparse.Namespace) -> int:
     profile = load_device(base)
     refuse_bad_outputs([args.output], inputs=[Path(base)] if Path(base).is_file() else [])
     sizes = sizes_for(args.device) if args.sizes is None else args.sizes
-    samples = measure(args.device, sizes=sizes, repeats=args.repeats)
+    if ranks_of_job() == 1:
+        return _written(measure(args.device, sizes=sizes, repeats=args.repeats), profile, args)
+    with process_group(args.device) as rank:
+        samples = measure_collectives(args.device, repeats=args.repeats)
+    if rank:
+        return 0
+    # The other ranks have ended, or do so now: operators are measured alone.
+    return _written(
+        measure(args.device, sizes=sizes, repeats=args.repeats) + samples, profile, args
+    )
+
+
+def _written(samples: list[Sample], profile: DeviceProfile, args: argparse.Namespace) -> int:
+    """Fit, write the profile, print held-out errors; the exit code."""
     found = calibrate(samples, profile)
     write_whole(args.output, profile_to_json(found.profile))
     counts = {

@@ -119,7 +119,8 @@ def relative_error(sample: Sample, costs: OperatorCosts) -> float:
 def fit_factors(samples: Sequence[Sample], profile: DeviceProfile) -> Factors:
     """The factors of one operator class that fit `samples` best, each phase with its own.
 
-    An operator with matmul sizes is taken as bound by compute, any other by memory.
+    An operator that sends is taken as bound by the link within a node, one with matmul sizes by
+    compute, any other by memory.
     """
     phases = {}
     for phase in Phase:
@@ -139,6 +140,8 @@ def fit_factors(samples: Sequence[Sample], profile: DeviceProfile) -> Factors:
 
 
 def _fit_phase(rows: Sequence[tuple[Work, int]], profile: DeviceProfile) -> Factors:
+    if all(work.steps for work, _ in rows):
+        return _fit_network(rows, profile)
     shaped = all(work.shape for work, _ in rows)
     weights = non_negative_fit(
         [_terms(work, shaped=shaped) for work, _ in rows], [time_ns for _, time_ns in rows]
@@ -154,6 +157,21 @@ def _fit_phase(rows: Sequence[tuple[Work, int]], profile: DeviceProfile) -> Fact
         # What the data sheet says of memory must not bound what was measured.
         memory_permille=_unbounding_memory(rows, profile),
         half_sizes=tuple(round(weight / per_unit) for weight in weights[2:]),
+    )
+
+
+def _fit_network(rows: Sequence[tuple[Work, int]], profile: DeviceProfile) -> Factors:
+    """Start and bandwidth; what the data sheet says of a message's latency is taken as given."""
+    latency_ns = profile.spec.link_latency_ns
+    left = [max(1, time_ns - work.steps * latency_ns) for work, time_ns in rows]
+    weights = non_negative_fit(
+        [(float(work.kernels), float(work.network_bytes)) for work, _ in rows], left
+    )
+    rate = _SECOND_NS / max(weights[1], 1e-9)
+    return Factors(
+        overhead_ns=round(weights[0]),
+        network_permille=max(1, round(_PERMILLE * rate / profile.spec.scale_up_bandwidth)),
+        memory_permille=_unbounding_memory(rows, profile),
     )
 
 
