@@ -55,6 +55,27 @@ class Bounds:
     @property
     def time_memory(self) -> list[int]: ...
 
+class KnapsackChoice:
+    @property
+    def feasible(self) -> bool: ...
+    @property
+    def chosen(self) -> list[int]: ...
+    @property
+    def latency(self) -> int: ...
+    @property
+    def bound(self) -> int: ...
+
+def choose_candidates(
+    begin: list[int],
+    until: list[int],
+    candidate_begin: list[int],
+    latency: list[int],
+    memory: list[int],
+    capacity: int,
+    gap: float,
+    rounds: int,
+) -> KnapsackChoice: ...
+
 class SearchOptions:
     budget_ns: int
     threads: int

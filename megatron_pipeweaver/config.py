@@ -23,6 +23,15 @@ class Exploration(StrEnum):
     """Random sequences of segments, for comparison."""
 
 
+class MemorySolver(StrEnum):
+    """Who chooses the strategies of the schedule that is returned (paper section 4.3)."""
+
+    NATIVE = "native"
+    """Greedy, prices and exchanges, within the search."""
+    HIGHS = "highs"
+    """HiGHS once more behind the search, in a tenth of its time; needs the package highspy."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchConfig:
     """How long and how hard to search for a schedule.
@@ -43,6 +52,7 @@ class SearchConfig:
     deterministic: bool = False
     split_weight_grad: bool = True
     choose_memory: bool = True
+    memory_solver: MemorySolver = MemorySolver.NATIVE
     exploration: Exploration = Exploration.FULL
     tree_alpha: float = 2.0
     tree_beta: float = 0.05

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from megatron_pipeweaver.config import SECOND_NS, SearchConfig
+from megatron_pipeweaver.config import SECOND_NS, MemorySolver, SearchConfig
 
 
 def add_search_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +37,13 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="every stage runs its backwards in the order of microbatches",
     )
+    parser.add_argument(
+        "--memory-solver",
+        type=MemorySolver,
+        choices=list(MemorySolver),
+        default=MemorySolver.NATIVE,
+        help="who chooses strategies for the final orders (default native; highs needs highspy)",
+    )
 
 
 def search_config(args: argparse.Namespace) -> SearchConfig:
@@ -48,6 +55,7 @@ def search_config(args: argparse.Namespace) -> SearchConfig:
         max_rounds=args.max_rounds,
         deterministic=args.deterministic,
         split_weight_grad=not args.no_split,
+        memory_solver=args.memory_solver,
     )
 
 

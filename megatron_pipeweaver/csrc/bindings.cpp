@@ -9,6 +9,7 @@
 #include "alone.hpp"
 #include "bounds.hpp"
 #include "decode.hpp"
+#include "knapsack.hpp"
 #include "local.hpp"
 #include "memory.hpp"
 #include "model.hpp"
@@ -81,7 +82,7 @@ class Core {
     Evaluator evaluator(model_, alone_, options, shared, 0);
     py::gil_scoped_release release;
     LocalSearch(model_, evaluator, random).run(table, moves, warmth);
-    return table;
+    return std::move(shared.outcome.best);
   }
 
   SearchOutcome run_search(const SearchOptions& options, const Timetable& start,
@@ -171,6 +172,24 @@ PYBIND11_MODULE(_core, module) {
       .def_readonly("critical_path", &Bounds::critical_path)
       .def_readonly("jackson", &Bounds::jackson)
       .def_readonly("time_memory", &Bounds::time_memory);
+
+  py::class_<KnapsackChoice>(module, "KnapsackChoice")
+      .def_readonly("feasible", &KnapsackChoice::feasible)
+      .def_readonly("chosen", &KnapsackChoice::chosen)
+      .def_readonly("latency", &KnapsackChoice::latency)
+      .def_readonly("bound", &KnapsackChoice::bound);
+
+  module.def(
+      "choose_candidates",
+      [](std::vector<i32> begin, std::vector<i32> until, std::vector<i32> candidate_begin,
+         std::vector<i64> latency, std::vector<i64> memory, i64 capacity, double gap, i32 rounds) {
+        const Knapsack knapsack{std::move(begin),   std::move(until),  std::move(candidate_begin),
+                                std::move(latency), std::move(memory), capacity};
+        py::gil_scoped_release release;
+        return choose_candidates(knapsack, gap, rounds);
+      },
+      py::arg("begin"), py::arg("until"), py::arg("candidate_begin"), py::arg("latency"),
+      py::arg("memory"), py::arg("capacity"), py::arg("gap"), py::arg("rounds"));
 
   py::class_<SearchOptions>(module, "SearchOptions")
       .def(py::init<>())

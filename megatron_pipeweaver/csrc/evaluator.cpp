@@ -20,7 +20,7 @@ i64 Evaluator::elapsed() const {
 
 bool Evaluator::over() const {
   if (options_.max_rounds >= 0 && rounds_ >= options_.max_rounds) return true;
-  return elapsed() >= options_.budget_ns;
+  return elapsed() >= options_.budget_ns - step_ns_;
 }
 
 double Evaluator::progress() const {
@@ -41,9 +41,11 @@ double Evaluator::cost(const Timetable& table) const {
 
 double Evaluator::run(const Policy& policy, Timetable& table, double limit) {
   ++rounds_;
+  const i64 begin = elapsed();
   decoder_.run(policy, table);
   offer(table);
   if (options_.choose_memory && cost(table) <= limit) refill(table);
+  step_ns_ = elapsed() - begin;
   return cost(table);
 }
 
@@ -70,7 +72,9 @@ void Evaluator::offer(const Timetable& table) {
   SearchOutcome& outcome = shared_.outcome;
   shared_.evaluations += rounds_ - reported_;
   reported_ = rounds_;
-  if (table.makespan >= outcome.best.makespan) return;
+  // Of equals that of the lower thread, so that the outcome does not depend on who was faster.
+  const bool tie = table.makespan == outcome.best.makespan && thread_ < outcome.thread;
+  if (table.makespan >= outcome.best.makespan && !tie) return;
   outcome.best = table;
   outcome.found_ns = elapsed();
   outcome.thread = thread_;

@@ -60,6 +60,7 @@ class Evaluator {
   Evaluator(const Evaluator&) = delete;
   Evaluator& operator=(const Evaluator&) = delete;
 
+  // Whether the time, less what the next evaluation may take, or the rounds are up.
   bool over() const;
   // How far the search is, from 0 to 1.
   double progress() const;
@@ -70,11 +71,15 @@ class Evaluator {
   double cost(const Timetable& table) const;
 
   const SearchOptions& options() const { return options_; }
-  i32 thread() const { return thread_; }
+  // Thread t of seed s does what one thread of seed s + t does.
+  std::uint64_t seed() const { return options_.seed + static_cast<std::uint64_t>(thread_); }
   // A schedule that may be the best.
   void offer(const Timetable& table);
   // One more evaluation was made elsewhere.
-  void count() { ++rounds_; }
+  void count() {
+    ++rounds_;
+    step_ns_ = 0;
+  }
   i64 rounds() const { return rounds_; }
   Decoder& decoder() { return decoder_; }
   Timer& timer() { return timer_; }
@@ -94,6 +99,7 @@ class Evaluator {
   i64 rounds_ = 0;
   i64 reported_ = 0;
   i64 best_ = kNever;
+  i64 step_ns_ = 0;  // what the last evaluation took
 };
 
 }  // namespace pipeweaver

@@ -5,6 +5,12 @@
 
 namespace pipeweaver {
 
+namespace {
+
+constexpr i32 kPriceRounds = 80;
+
+}  // namespace
+
 Retimer::Retimer(const Model& model)
     : m_(model),
       start_(3 * static_cast<std::size_t>(model.pairs)),
@@ -173,6 +179,7 @@ void LocalSearch::run(Timetable& table, i64 moves, double warmth) {
   }
   if (ops < 2 || !retimer_.run(table, 0)) return;
   retimer_.keep(table);
+  evaluator_.offer(table);
   for (i32 r = 0; r < m_.ranks; ++r) {
     for (std::size_t i = 0; i < table.order[r].size(); ++i) {
       place_[table.order[r][i]] = static_cast<i32>(i);
@@ -200,10 +207,10 @@ void LocalSearch::run(Timetable& table, i64 moves, double warmth) {
     const std::vector<i32>& order = table.order[rank_];
     for (std::size_t i = 0; i < order.size(); ++i) place_[order[i]] = static_cast<i32>(i);
     retimer_.critical(table, path_);
+    evaluator_.offer(table);
     if (cost < best_cost) {
       best_cost = cost;
       best = table;
-      evaluator_.offer(table);
     }
   }
   table = std::move(best);
@@ -355,7 +362,9 @@ bool LocalSearch::change_level(Timetable& table) {
 bool LocalSearch::choose_again(Timetable& table) {
   const i32 rank = m_.pair_rank[pair_of(path_[random_.below(static_cast<i64>(path_.size()))])];
   remember(table, rank, kNever);
-  if (chooser_.run(table, rank, false, &random_)) {
+  const bool priced = random_.below(8) == 0;
+  if (priced ? chooser_.price(table, rank, kPriceRounds)
+             : chooser_.run(table, rank, false, &random_)) {
     start_at_first_change(table);
     return from_ < kNever;
   }

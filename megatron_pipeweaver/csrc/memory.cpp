@@ -7,23 +7,55 @@ namespace pipeweaver {
 MemoryChooser::MemoryChooser(const Model& model)
     : m_(model), from_(model.pairs, 0), until_(model.pairs, 0) {}
 
-bool MemoryChooser::run(Timetable& table, i32 rank, bool keep, Random* noise) {
-  const std::vector<i32>& ops = table.order[rank];
+// The stage pairs of `rank`, each with the forwards that start while it is held.
+void MemoryChooser::measure(const Timetable& table, i32 rank) {
   const i32 last = table.split ? kWeight : kBackward;
-  i32 forwards = 0;
+  forwards_ = 0;
   pairs_.clear();
-  for (const i32 op : ops) {
+  for (const i32 op : table.order[rank]) {
     const i32 pair = pair_of(op);
     if (kind_of(op) == kForward) {
-      from_[pair] = forwards++;
-      until_[pair] = forwards;
+      from_[pair] = forwards_++;
+      until_[pair] = forwards_;
       pairs_.push_back(pair);
-      if (!keep) table.level[pair] = 0;
     } else if (kind_of(op) == last) {
-      until_[pair] = forwards;
+      until_[pair] = forwards_;
     }
   }
-  held_.assign(forwards, 0);
+}
+
+bool MemoryChooser::price(Timetable& table, i32 rank, i32 rounds) {
+  measure(table, rank);
+  Knapsack& k = knapsack_;
+  k.capacity = m_.capacity[rank];
+  k.begin.clear();
+  k.until.clear();
+  k.candidate_begin.assign(1, 0);
+  k.latency.clear();
+  k.memory.clear();
+  for (const i32 pair : pairs_) {
+    k.begin.push_back(from_[pair]);
+    k.until.push_back(until_[pair]);
+    const bool frozen = m_.frozen(m_.pair_pass[pair]);
+    for (i32 at = m_.level_begin[pair]; at < m_.level_begin[pair + 1]; ++at) {
+      const Costs& costs = m_.costs[at];
+      k.latency.push_back(costs.forward + (frozen ? 0 : costs.backward + costs.weight));
+      k.memory.push_back(costs.memory);
+    }
+    k.candidate_begin.push_back(static_cast<i32>(k.latency.size()));
+  }
+  const KnapsackChoice choice = choose_candidates(k, 0, rounds);
+  if (!choice.feasible) return false;
+  for (std::size_t i = 0; i < pairs_.size(); ++i) table.level[pairs_[i]] = choice.chosen[i];
+  return true;
+}
+
+bool MemoryChooser::run(Timetable& table, i32 rank, bool keep, Random* noise) {
+  measure(table, rank);
+  if (!keep) {
+    for (const i32 pair : pairs_) table.level[pair] = 0;
+  }
+  held_.assign(forwards_, 0);
   steps_.clear();
   for (const i32 pair : pairs_) {
     const i32 begin = m_.level_begin[pair];

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "decode.hpp"
+#include "knapsack.hpp"
 #include "model.hpp"
 #include "random.hpp"
 
@@ -18,8 +19,12 @@ class MemoryChooser {
   // `keep` starts from the levels that `table` has; `noise` disturbs the order a little. False if
   // even the levels at the start do not fit.
   bool run(Timetable& table, i32 rank, bool keep, Random* noise = nullptr);
+  // Chooses the levels of `rank` anew with prices (`knapsack.hpp`), in so many rounds.
+  bool price(Timetable& table, i32 rank, i32 rounds);
 
  private:
+  void measure(const Timetable& table, i32 rank);
+
   struct Step {
     double worth;
     i32 pair;
@@ -31,6 +36,8 @@ class MemoryChooser {
   std::vector<i64> held_;          // per forward of the rank
   std::vector<Step> steps_;
   std::vector<i32> pairs_;
+  i32 forwards_ = 0;
+  Knapsack knapsack_;
 };
 
 }  // namespace pipeweaver

@@ -81,7 +81,7 @@ class Worker {
       if (best.cost < 1e300 && (evaluator_.over() || evaluator_.rounds() > patience)) break;
       Recipe recipe;
       if (i < classics.size()) {
-        recipe = classics[(i + evaluator_.thread()) % classics.size()];
+        recipe = classics[(i + evaluator_.seed()) % classics.size()];
       } else if (random_.below(4) == 0) {
         recipe = kitchen_.invent(random_);
       } else {
@@ -251,7 +251,7 @@ SearchOutcome search(const Model& model, const std::vector<Alone>& alone,
   shared.listener = listener;
   Tree tree(Segments(model).count());
   const auto work = [&](i32 thread) {
-    Random random(options.seed * 1000003 + static_cast<std::uint64_t>(thread));
+    Random random(options.seed + static_cast<std::uint64_t>(thread));
     Evaluator evaluator(model, alone, options, shared, thread);
     if (static_cast<Exploration>(options.exploration) == Exploration::kFull) {
       Worker(model, evaluator, random).run();

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron_pipeweaver._core import SearchOptions, Timetable
-from megatron_pipeweaver.config import Exploration, SearchConfig
+from megatron_pipeweaver.config import Exploration, MemorySolver, SearchConfig
 from megatron_pipeweaver.ir.problem import Problem
 from megatron_pipeweaver.ir.schedule import Schedule
 from megatron_pipeweaver.search.baselines import BASELINES, best_level
 from megatron_pipeweaver.search.bounds import lower_bounds
 from megatron_pipeweaver.search.interleave import policy
+from megatron_pipeweaver.search.memory import rechoose
 from megatron_pipeweaver.search.native import NativeProblem
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,13 @@ class SearchResult:
     """What a search found.
 
     `bounds` are proven lower bounds by name and `baselines` the makespans of the static schedules,
-    all in nanoseconds; `first_ns` is when the first valid schedule was there; `thread` of `seed`
-    found the best one.
+    all in nanoseconds; `first_ns` is when the first valid schedule was there.
+
+    `thread` found the best one in its round number `rounds` (0: it is the first or a static
+    schedule). Threads do not influence one another, except in `mcts`, and thread t of seed s draws
+    what the one thread of seed s + t draws; `seed` is that sum. So with `max_rounds` given, a
+    search with `threads=1`, this `seed` and the same `max_rounds` ends with the same schedule.
+    With a time budget alone, phases end by the clock, and only the schedule itself is the record.
     """
 
     schedule: Schedule
@@ -46,6 +52,7 @@ class SearchResult:
     evaluations: int
     seed: int
     thread: int
+    rounds: int
 
 
 def solve(
@@ -79,7 +86,9 @@ def solve(
     static = min(baselines.values(), key=lambda table: table.makespan)
     bounds = lower_bounds(native.core)
     options = _options(config)
-    options.budget_ns = max(0, deadline(problem, config) - (time.perf_counter_ns() - started))
+    left_ns = max(0, deadline(problem, config) - (time.perf_counter_ns() - started))
+    exact_ns = left_ns // 10 if config.memory_solver is MemorySolver.HIGHS else 0
+    options.budget_ns = left_ns - exact_ns
     before_ns = time.perf_counter_ns() - started
     outcome = native.core.search(
         options,
@@ -92,6 +101,10 @@ def solve(
     if static.makespan < best.makespan:
         best = static
         report(best.makespan, time.perf_counter_ns() - started, outcome.evaluations, 0)
+    if config.memory_solver is MemorySolver.HIGHS and config.choose_memory:
+        best = rechoose(native, best, config.memory_solver, exact_ns)
+        report(best.makespan, time.perf_counter_ns() - started, outcome.evaluations, outcome.thread)
+    rounds = 0 if best is static else outcome.rounds
     schedule = native.schedule(
         best, lower_bound_ns=max(bounds.values()), problem_sha256=problem_sha256
     )
@@ -102,8 +115,9 @@ def solve(
         elapsed_ns=time.perf_counter_ns() - started,
         first_ns=first_ns,
         evaluations=outcome.evaluations + 1 + len(baselines),
-        seed=config.seed,
+        seed=config.seed + outcome.thread,
         thread=outcome.thread,
+        rounds=rounds,
     )
 
 

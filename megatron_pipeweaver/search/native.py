@@ -6,9 +6,9 @@ first, those that another one beats in both time and memory left out).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from graphlib import CycleError, TopologicalSorter
-from itertools import accumulate, pairwise
-from operator import attrgetter
+from itertools import accumulate, chain, pairwise
 
 from megatron_pipeweaver._core import Core, RawProblem, Timetable
 from megatron_pipeweaver.errors import ConfigError, InfeasibleError
@@ -16,7 +16,6 @@ from megatron_pipeweaver.ir.problem import OpKey, OpKind, PassKey, Problem
 from megatron_pipeweaver.ir.schedule import Schedule, ScheduledOp
 
 KINDS = (OpKind.F, OpKind.B, OpKind.W)
-_COSTS = attrgetter("forward_ns", "backward_ns", "weight_grad_ns", "memory_bytes")
 
 
 def raw_problem(problem: Problem) -> RawProblem:
@@ -24,8 +23,8 @@ def raw_problem(problem: Problem) -> RawProblem:
     passes = list(problem.passes())
     number = {key: index for index, (key, _) in enumerate(passes)}
     modules = {name: index for index, name in enumerate(problem.modules)}
-    pairs = [strategies for _, one in passes for strategies in one.stages]
-    costs = [_COSTS(strategy) for strategies in pairs for strategy in strategies]
+    pairs = [stage for _, one in passes for stage in one.stages]
+    strategies = list(chain.from_iterable(pairs))
     raw = RawProblem()
     raw.ranks = problem.pipeline_size
     raw.microbatches = len(problem.microbatches)
@@ -41,11 +40,11 @@ def raw_problem(problem: Problem) -> RawProblem:
         number[PassKey(key.microbatch, *name)] for key, one in passes for name in one.after
     ]
     raw.strategy_begin = [0, *accumulate(map(len, pairs))]
-    forward, backward, weight, memory = zip(*costs, strict=True) if costs else ((), (), (), ())
-    raw.forward = list(forward)
-    raw.backward = list(backward)
-    raw.weight = list(weight)
-    raw.memory = list(memory)
+    # Lists of plain numbers: tuples by the ten thousand would wake the garbage collector.
+    raw.forward = [one.forward_ns for one in strategies]
+    raw.backward = [one.backward_ns for one in strategies]
+    raw.weight = [one.weight_grad_ns for one in strategies]
+    raw.memory = [one.memory_bytes for one in strategies]
     return raw
 
 
@@ -116,6 +115,21 @@ class NativeProblem:
     def level_counts(self) -> list[int]:
         """How many levels each stage pair has."""
         return [after - before for before, after in pairwise(self.core.level_begin)]
+
+    def level_costs(self, pair: int) -> tuple[tuple[int, int], ...]:
+        """(latency, memory) of the levels of stage pair `pair` in ns and bytes, leanest first."""
+        owner = bisect_right(self.core.pair_begin, pair) - 1
+        one = self.passes[owner][1]
+        strategies = one.stages[pair - self.core.pair_begin[owner]]
+        begin = self.core.level_begin
+        levels = [strategies[i] for i in self.core.strategy[begin[pair] : begin[pair + 1]]]
+        return tuple(
+            (
+                s.forward_ns + (0 if one.frozen else s.backward_ns + s.weight_grad_ns),
+                s.memory_bytes,
+            )
+            for s in levels
+        )
 
     def schedule(self, table: Timetable, *, lower_bound_ns: int, problem_sha256: str) -> Schedule:
         """`table` as a `Schedule`."""

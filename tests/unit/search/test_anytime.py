@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_pipeweaver.compiler.check import check_schedule
@@ -65,6 +67,17 @@ def test_one_thread_and_a_number_of_rounds_give_the_same_schedule_every_time() -
     problem = example()
     config = SearchConfig(max_rounds=120, seed=7, time_budget_ns=10**12)
     assert solve(problem, config).schedule == solve(problem, config).schedule
+
+
+def test_one_thread_of_the_reported_seed_finds_what_several_threads_found() -> None:
+    problem = example()
+    for seed in range(4):
+        config = SearchConfig(max_rounds=150, seed=seed, threads=3, time_budget_ns=10**12)
+        result = solve(problem, config)
+        again = solve(problem, replace(config, seed=result.seed, threads=1))
+        assert again.schedule == result.schedule
+        assert (again.thread, again.rounds) == (0, result.rounds)
+        assert result.seed == seed + result.thread
 
 
 def test_search_beats_every_static_schedule_when_there_is_room() -> None:
