@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from benchmarks.ablation.jobs import load_bench
-from benchmarks.ablation.systems import SYSTEMS, load_case
+from benchmarks.ablation.systems import SYSTEMS, Run, load_case, memory
 from megatron_pipeweaver.config import SECOND_NS, SearchConfig
 
 COLUMNS = ("setup", "system", "setting", "batch", "makespan_ns")
@@ -48,9 +48,11 @@ def main() -> None:
         cuts = {one.module: one.segments for one in case.cut.layout.modules}
         print(f"{setup}: segments {cuts}, sub-microbatches {dict(case.cut.sub_microbatch)}")
         rows: list[tuple[object, ...]] = []
+        done: dict[str, Run] = {}
         for name in args.systems:
             started = time.perf_counter()
-            run = SYSTEMS[name](case)
+            run = memory(case, done.get("reordering")) if name == "memory" else SYSTEMS[name](case)
+            done[name] = run
             rows += [
                 (setup, name, run.setting, batch, makespan)
                 for batch, makespan in enumerate(run.makespans_ns)
@@ -70,20 +72,32 @@ def _print_tables(path: Path) -> None:
     with path.open() as file:
         rows = list(csv.DictReader(file))
     for setup in dict.fromkeys(row["setup"] for row in rows):
-        mine = [row for row in rows if row["setup"] == setup]
-        batches = sorted({int(row["batch"]) for row in mine})
-        heads = " | ".join(f"batch {batch}" for batch in batches)
-        print(f"\n| {setup} | {heads} | mean (s) | of Megatron | paper (s) | of Megatron |")
-        print("|---" * (len(batches) + 5) + "|")
-        means = {}
-        for name in dict.fromkeys(row["system"] for row in mine):
-            seconds = [int(row["makespan_ns"]) / 1e9 for row in mine if row["system"] == name]
-            means[name] = sum(seconds) / len(seconds)
-            share = f"{means[name] / means['megatron']:.1%}" if "megatron" in means else ""
-            paper = PAPER_S.get(name) if setup == "vlm-s" else None
-            theirs = f"{paper:.2f} | {paper / PAPER_S['megatron']:.1%}" if paper else " | "
-            cells = " | ".join(f"{one:.3f}" for one in seconds)
-            print(f"| {name} | {cells} | {means[name]:.3f} | {share} | {theirs} |")
+        _print_table(setup, [row for row in rows if row["setup"] == setup])
+
+
+def _print_table(setup: str, rows: list[dict[str, str]]) -> None:
+    """Seconds by batch, the share of Megatron's mean, and by how much PipeWeaver is faster."""
+    seconds: dict[str, list[float]] = {}
+    settings = {row["system"]: row["setting"] for row in rows}
+    for row in rows:
+        seconds.setdefault(row["system"], []).append(int(row["makespan_ns"]) / 1e9)
+    ours, theirs = seconds["pipeweaver"], seconds["megatron"]
+    paper = PAPER_S if setup == "vlm-s" else {}
+    heads = [f"batch {batch}" for batch in range(len(ours))]
+    heads += ["mean (s)", "of Megatron", "PipeWeaver is faster by", "setting"]
+    heads += ["paper (s)", "of Megatron"] if paper else []
+    print(f"\n| {setup} | {' | '.join(heads)} |")
+    print("|---" * (len(heads) + 1) + "|")
+    for name, values in seconds.items():
+        gains = [other / one - 1 for other, one in zip(values, ours, strict=True)]
+        cells = [f"{one:.3f}" for one in values]
+        cells += [f"{sum(values) / len(values):.3f}", f"{sum(values) / sum(theirs):.1%}"]
+        faster = f"{sum(values) / sum(ours) - 1:.1%} ({min(gains):.1%} to {max(gains):.1%})"
+        cells += ["" if name in ("pipeweaver", "bound") else faster, settings[name]]
+        if paper:
+            found = paper.get(name)
+            cells += [f"{found:.2f}", f"{found / paper['megatron']:.1%}"] if found else ["", ""]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -40,10 +40,14 @@ MOST_SEGMENTS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A system's makespans (ns), batch by batch, and the setting that it ran with."""
+    """A system's makespans (ns), batch by batch, and the setting that it ran with.
+
+    `orders` are reordering's: what memory optimization starts from.
+    """
 
     setting: str
     makespans_ns: tuple[int, ...]
+    orders: tuple[list[list[int]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,36 +140,34 @@ def interleaving(case: Case) -> Run:
 def reordering(case: Case) -> Run:
     """Besides, MCTS over the order of segments (paper, section 4.1), at interleaving's setting."""
     share = _share_of(interleaving(case))
-
-    def makespan_ns(batch: BatchMetadata) -> int:
+    makespans, orders = [], []
+    for batch in case.bench.batches:
         native = NativeProblem(case.problem(batch, share))
-        return _checked(native, _reordered(native, case.search))
+        levels = [0] * _pairs(native.problem)
+        start = native.core.decode(interleaved_1f1b_policy(native.problem, levels))
+        found = _searched(native, start, case.search, choose_memory=False)
+        makespans.append(_checked(native, found))
+        orders.append(found.order)
+    return Run(setting=_name(share), makespans_ns=tuple(makespans), orders=tuple(orders))
 
-    return Run(
-        setting=f"recompute {share:.1%}",
-        makespans_ns=tuple(map(makespan_ns, case.bench.batches)),
-    )
 
-
-def memory(case: Case) -> Run:
+def memory(case: Case, reordered: Run | None = None) -> Run:
     """Besides, a candidate per stage pair, layer by layer: the paper's whole method.
 
-    The strategies are chosen anew for the order that reordering ends with, then MCTS goes on with
-    the choice in every evaluation (section 4.3).
+    The strategies are chosen anew for the orders that reordering ended with, then MCTS goes on with
+    the choice in every evaluation (section 4.3). What reordering found stands if it is better.
     """
-    share = _share_of(interleaving(case))
-
-    def makespan_ns(batch: BatchMetadata) -> int:
-        one_setting = _reordered(NativeProblem(case.problem(batch, share)), case.search)
+    before = reordered or reordering(case)
+    makespans = []
+    for batch, order, without in zip(
+        case.bench.batches, before.orders, before.makespans_ns, strict=True
+    ):
         native = NativeProblem(case.problem(batch))
         leanest = [0] * _pairs(native.problem)
-        start = native.core.refill(native.core.retime(one_setting.order, leanest, False), False)
-        return _checked(native, _searched(native, start, case.search, choose_memory=True))
-
-    return Run(
-        setting="candidates layer by layer",
-        makespans_ns=tuple(map(makespan_ns, case.bench.batches)),
-    )
+        start = native.core.refill(native.core.retime(order, leanest, False), False)
+        found = _searched(native, start, case.search, choose_memory=True)
+        makespans.append(min(without, _checked(native, found)))
+    return Run(setting="candidates layer by layer", makespans_ns=tuple(makespans))
 
 
 def _share_of(run: Run) -> float:
@@ -270,12 +272,6 @@ def _decoded(
         return _checked(native, native.core.decode(made))  # type: ignore[arg-type]
 
     return makespan_ns
-
-
-def _reordered(native: NativeProblem, search: SearchConfig) -> Timetable:
-    levels = [0] * _pairs(native.problem)
-    start = native.core.decode(interleaved_1f1b_policy(native.problem, levels))
-    return _searched(native, start, search, choose_memory=False)
 
 
 def _searched(
