@@ -1,6 +1,6 @@
 r"""Small problems against their optimum, which CP-SAT proves.
 
-    python -m benchmarks.search.small exact  results/small_exact.csv --seeds 0 280 --threads 1
+    python -m benchmarks.search.small exact  results/small_exact.csv --threads 1
     python -m benchmarks.search.small search results/small_exact.csv results/small.csv --budget 1
 
 Run from the repository root with the `bench` extra installed. The first command may be stopped and
