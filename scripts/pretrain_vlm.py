@@ -58,7 +58,7 @@ def run() -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     args = parse_and_validate_args(
-        extra_args_provider=add_vision_language_arguments,
+        extra_args_provider=add_arguments,
         args_defaults={"tokenizer_type": "NullTokenizer", "dataloader_type": "external"},
     )
     data_provider.is_distributed = True  # type: ignore[attr-defined]
@@ -71,6 +71,25 @@ def run() -> None:
         forward_step,
         model_provider,
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of the model, and those of its data."""
+    group = add_vision_language_arguments(parser).add_argument_group(title="data")
+    group.add_argument(
+        "--energon",
+        metavar="PATH",
+        help="Train on a data set of Megatron Energon, packed (scripts/vlm_energon.py).",
+    )
+    group.add_argument(
+        "--packing-buffer", type=int, default=64, help="Samples to choose from as --energon packs."
+    )
+    group.add_argument(
+        "--dataloader-save",
+        metavar="DIR",
+        help="Write how far --energon was read beside every checkpoint, and go on from there.",
+    )
+    return parser
 
 
 def model_provider(
@@ -93,6 +112,10 @@ def data_provider(train_valid_test_num_samples: Sequence[int]) -> list[Iterator[
 
     del train_valid_test_num_samples
     args = get_args()
+    if args.energon:
+        from vlm_energon import energon_streams
+
+        return energon_streams(args, FAMILY)
     consumed = [args.consumed_train_samples, args.consumed_valid_samples, 0]
     return [
         MicrobatchStream(

@@ -140,8 +140,9 @@ class ModelChunk(MegatronModule, abc.ABC):  # type: ignore[misc]
 
         Args:
             batch: one microbatch's tensors, whichever of ``images`` [items, C, Y, X], ``tokens``,
-                ``labels``, ``position_ids``, ``loss_mask`` [B, S] and ``attention_mask`` the
-                chunk's module reads.
+                ``labels``, ``position_ids``, ``loss_mask`` [B, S], ``attention_mask`` and, where
+                documents are packed into one sample, their borders ``cu_seqlens`` the chunk's
+                module reads.
 
         Returns:
             The hidden states [S, B, H], never a view; of the backbone's last chunk the loss of
@@ -166,9 +167,13 @@ class ModelChunk(MegatronModule, abc.ABC):  # type: ignore[misc]
         return inputs[0]
 
 
-def run_block(block: Any, hidden_SBH: Tensor) -> Tensor:
-    """A transformer block that does not embed, on the output of the one in front of it."""
+def run_block(block: Any, hidden_SBH: Tensor, rotation: Tensor | None = None) -> Tensor:
+    """A transformer block that does not embed, on the output of the one in front of it.
+
+    `rotation` is what rotary position embeddings turn by, on any device.
+    """
     block.set_input_tensor(hidden_SBH)
-    output: Tensor = block(hidden_states=None, attention_mask=None)
+    turned = None if rotation is None else rotation.to(hidden_SBH.device)
+    output: Tensor = block(hidden_states=None, attention_mask=None, rotary_pos_emb=turned)
     block.input_tensor = None
     return output

@@ -8,11 +8,12 @@ from typing import Any, final
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.models.chunk import ChunkSetting, ModelChunk
-from megatron_pipeweaver.models.specs import language_layer_spec
+from megatron_pipeweaver.models.specs import language_layer_spec, uses_transformer_engine
 from megatron_pipeweaver.models.strategy import StrategyLayer
 
 
@@ -43,6 +44,8 @@ class LanguageChunk(ModelChunk):
                 f"module {module.name!r}: encoders share token ids, {self._token_ids}; give each "
                 "an id of its own in the model options' encoders"
             )
+        self._position_axes = 3 if options.position_embedding == "mrope" else 1
+        self._transformer_engine = uses_transformer_engine(options)
         self._sequence_parallel = setting.config.sequence_parallel
         self.embeds_tokens = place.is_first
         model = GPTModel(
@@ -84,22 +87,41 @@ class LanguageChunk(ModelChunk):
         del items  # the backbone works on every sample
         model = self._model
         tokens_BS: Tensor = batch["tokens"]
-        position_ids_BS = _positions(batch, tokens_BS)
+        position_ids_BS = _positions(batch, tokens_BS, self._position_axes)
         embedded_SBH = None
         if self.place.is_first:
             embedded_SBH = self._embed(tokens_BS, position_ids_BS, inputs)
         else:
             model.decoder.set_input_tensor(self.only_input(inputs))
+        mask, packed = self._documents(batch)
         output: Tensor = model(
             input_ids=tokens_BS,
             position_ids=position_ids_BS,
-            attention_mask=batch.get("attention_mask"),
+            attention_mask=mask,
+            packed_seq_params=packed,
             decoder_input=embedded_SBH,
             labels=batch.get("labels") if self.place.is_last else None,
             loss_mask=batch.get("loss_mask"),
         )
         model.decoder.input_tensor = None
         return output
+
+    def _documents(self, batch: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
+        """What keeps packed documents apart: a mask, or for Transformer Engine, where they end."""
+        ends_D: Tensor | None = batch.get("cu_seqlens")
+        if ends_D is None:
+            return batch.get("attention_mask"), None
+        if not self._transformer_engine:
+            return document_mask(ends_D), None
+        longest = int(ends_D.diff().max())
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=ends_D,
+            cu_seqlens_kv=ends_D,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        return None, packed
 
     def _embed(
         self, tokens_BS: Tensor, position_ids_BS: Tensor, images: tuple[Tensor, ...]
@@ -119,6 +141,22 @@ class LanguageChunk(ModelChunk):
         if self._sequence_parallel:
             embedded_SBH = tensor_parallel.scatter_to_sequence_parallel_region(embedded_SBH)
         return embedded_SBH
+
+
+def document_mask(cu_seqlens: Tensor) -> Tensor:
+    """What must not be attended to among documents that are packed into one sequence.
+
+    Args:
+        cu_seqlens: the documents' borders, from 0 to the sequence's length.
+
+    Returns:
+        ``[1, 1, S, S]``, true where a token (a row) would look at a later one, or at one of
+        another document.
+    """
+    positions_S = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+    document_S = torch.bucketize(positions_S, cu_seqlens, right=True)
+    apart_SS = document_S[:, None] != document_S
+    return (apart_SS | (positions_S[:, None] < positions_S))[None, None]
 
 
 def place_image_embeddings(
@@ -151,8 +189,13 @@ def place_image_embeddings(
     return placed.view(size_B, size_S, size_H).transpose(0, 1).contiguous()
 
 
-def _positions(batch: Mapping[str, Any], tokens_BS: Tensor) -> Tensor:
+def _positions(batch: Mapping[str, Any], tokens_BS: Tensor, axes: int) -> Tensor:
+    """``[B, S]``, or ``[axes, B, S]`` where there are several: time, row and column (M-RoPE)."""
     given: Tensor | None = batch.get("position_ids")
-    if given is not None:
-        return given
+    if given is None:
+        given = _in_order(tokens_BS)
+    return given.expand(axes, *tokens_BS.shape) if axes > 1 else given
+
+
+def _in_order(tokens_BS: Tensor) -> Tensor:
     return torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)

@@ -10,7 +10,7 @@ import torch
 
 from megatron_pipeweaver.errors import ConfigError
 
-POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
+POSITION_EMBEDDINGS = ("rope", "mrope", "learned_absolute", "none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,8 @@ class ModelOptions:
     `image_size` is height and width in pixels; `image_token_id` stands in `tokens` wherever an
     image's embeddings go, once per embedding, and need not be in the vocabulary. With several
     vision encoders, `encoders[module]` says so of each. `initialize` is called with a rank's new
-    chunks (`parameters.initialize_by_name` under a seed, say). `transformer_engine` is `None` for
+    chunks (`parameters.initialize_by_name` under a seed, say). `class_token` puts one in front of
+    an image's patches, and takes it away again behind the ViT. `transformer_engine` is `None` for
     "where it can be imported and there is a GPU". `common` are fields of every module's
     `TransformerConfig`, `overrides[module]` those of one module; overrides win.
     """
@@ -44,6 +45,7 @@ class ModelOptions:
     image_size: int = 224
     image_token_id: int = -200
     encoders: Mapping[str, EncoderOptions] = field(default_factory=dict)
+    class_token: bool = False
     position_embedding: str = "rope"
     rotary_base: int = 10_000
     transformer_engine: bool | None = None

@@ -14,7 +14,9 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.ir.lmm import ModuleSpec
 from megatron_pipeweaver.models.chunk import ChunkSetting, ModelChunk, run_block
+from megatron_pipeweaver.models.patches import RotaryViTModel, fold_patches, patch_rotation
 from megatron_pipeweaver.models.projector import build_projector
 from megatron_pipeweaver.models.specs import uses_transformer_engine, vision_layer_spec
 from megatron_pipeweaver.models.strategy import StrategyLayer
@@ -37,6 +39,9 @@ class VisionChunk(ModelChunk):
         build = _first_model if place.is_first else _later_model
         self.add_module(self._model_name, build(setting))
         self._folded = module.patches_per_token if place.is_last else 1
+        self._class_tokens = int(setting.options.class_token and place.is_last)
+        self._rotary = is_rotary(module)
+        self._grid = setting.options.image_size // (module.patch_size or 1)
         if place.is_last and module.output_size is not None:
             projector = build_projector(module, setting.options, setting.groups)
             self.add_module(self._projection_name, projector)
@@ -62,12 +67,18 @@ class VisionChunk(ModelChunk):
             images_BCYX = self._images(batch, items)
             hidden_SBH = self._model(images_BCYX).permute(1, 0, 2).contiguous()
         else:
-            hidden_SBH = run_block(self._model.decoder, self.only_input(inputs))
+            rotation = self._rotation() if self._rotary else None
+            hidden_SBH = run_block(self._model.decoder, self.only_input(inputs), rotation)
+        if self._class_tokens:
+            hidden_SBH = hidden_SBH[self._class_tokens :].contiguous()
         if self._folded > 1:
             hidden_SBH = fold_patches(hidden_SBH, self._folded)
         projector = getattr(self, self._projection_name, None)
         output: Tensor = hidden_SBH if projector is None else projector(hidden_SBH)
         return output
+
+    def _rotation(self) -> Tensor:
+        return patch_rotation(self._grid, self._model.decoder.config.kv_channels)
 
     def _images(self, batch: Mapping[str, Any], items: slice) -> Tensor:
         if batch.get(self._key) is None:
@@ -79,27 +90,13 @@ class VisionChunk(ModelChunk):
         return images.to(self._model.conv1.weight.dtype)
 
 
-def fold_patches(hidden_SBH: Tensor, patches_per_token: int) -> Tensor:
-    """Square blocks of neighbouring patches side by side in one token.
-
-    Args:
-        hidden_SBH: a square grid of patches for each image, row by row.
-        patches_per_token: patches of a block, a square number; both sides of the grid are
-            multiples of the block's.
-
-    Returns:
-        The blocks row by row, ``[S / patches_per_token, B, patches_per_token * H]``; inside a
-        token, its patches row by row (Qwen2-VL's patch merger).
-    """
-    size_S, size_B, size_H = hidden_SBH.shape
-    side, block = math.isqrt(size_S), math.isqrt(patches_per_token)
-    grid = hidden_SBH.view(side // block, block, side // block, block, size_B, size_H)
-    blocks = grid.permute(0, 2, 4, 1, 3, 5)
-    return blocks.reshape(size_S // patches_per_token, size_B, patches_per_token * size_H)
+def is_rotary(module: ModuleSpec) -> bool:
+    """Whether patches know their place by rotary embeddings in every layer (Qwen2-VL)."""
+    return bool(module.layer.rotary)
 
 
 def _first_model(setting: ChunkSetting) -> Any:
-    """Megatron's CLIP ViT with the chunk's layers and without class token."""
+    """Megatron's CLIP ViT, or one of rotary positions, with the chunk's layers."""
     module, options = setting.module, setting.options
     image_size = options.encoder(module.name).image_size
     if module.patch_size is None or image_size % module.patch_size:
@@ -113,12 +110,14 @@ def _first_model(setting: ChunkSetting) -> Any:
             f"module {module.name!r}: patches_per_token {module.patches_per_token} does not divide "
             f"{side} x {side} patches into squares; choose the square of a divisor of {side}"
         )
+    if is_rotary(module):
+        return RotaryViTModel(setting)
     norm = {} if uses_transformer_engine(options) else {"ln_pre_impl": WrappedTorchNorm}
     model = CLIPViTModel(
         setting.config,
         vision_layer_spec(options),
-        add_class_token=False,
-        class_token_len=0,
+        add_class_token=options.class_token,
+        class_token_len=int(options.class_token),
         patch_dim=module.patch_size,
         img_h=image_size,
         img_w=image_size,
@@ -144,7 +143,8 @@ def _later_model(setting: ChunkSetting) -> Any:
         setting.config,
         vision_layer_spec(setting.options),
         pre_process=False,
-        post_process=False,
+        # A ViT of learned positions is CLIP's, whose last norm its consumers do without.
+        post_process=is_rotary(setting.module) and setting.place.is_last,
         pg_collection=setting.groups,
         vp_stage=setting.place.segment,
     )

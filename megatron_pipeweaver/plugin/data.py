@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 from megatron.core.rerun_state_machine import RerunDataIterator
 
@@ -54,6 +55,31 @@ def describe_batch(
     return BatchMetadata(microbatches=tuple(describe(one) for one in loaded))
 
 
+class LoaderState(TypedDict):
+    """How far an iterator has been read: the state of its source, and `skip` items from there on.
+
+    Read ahead, a source is further on than training is; its state is then the one in front of
+    what was read ahead, and `skip` counts what training has taken of that. Megatron writes it to
+    disk, so it is made of plain values.
+    """
+
+    source: Any
+    skip: int
+
+
+@runtime_checkable
+class SavableIterator(Protocol):
+    """A data iterator that can go on where another one was."""
+
+    def __next__(self) -> Mapping[str, Any]:
+        """The next microbatch."""
+        ...
+
+    def save_state(self) -> LoaderState:
+        """From where a new iterator goes on behind the last microbatch."""
+        ...
+
+
 class BufferedIterator:
     """An iterator whose next items can be looked at before anyone takes them.
 
@@ -64,6 +90,10 @@ class BufferedIterator:
         self._source = source
         self._items: deque[Mapping[str, Any]] = deque()
         self._failure: Exception | None = None
+        # The source's state in front of the first item that was read ahead, once one was, and how
+        # many have been taken since.
+        self._state: LoaderState | None = None
+        self._taken = 0
         self.uses = 0
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
@@ -71,6 +101,7 @@ class BufferedIterator:
 
     def __next__(self) -> Mapping[str, Any]:
         if self._items:
+            self._taken += 1
             return self._items.popleft()
         if self._failure is not None:
             failure, self._failure = self._failure, None
@@ -84,6 +115,8 @@ class BufferedIterator:
 
     def peek(self, count: int) -> list[Mapping[str, Any]] | None:
         """The next `count` items, left in place; `None` where there are not as many."""
+        if self.is_empty and isinstance(self._source, SavableIterator):
+            self._state, self._taken = self._source.save_state(), 0
         while len(self._items) < count and self._failure is None:
             try:
                 self._items.append(next(self._source))
@@ -94,6 +127,23 @@ class BufferedIterator:
         if len(self._items) < count:
             return None
         return [self._items[index] for index in range(count)]
+
+    def save_state(self) -> LoaderState:
+        """The state behind the last item that was taken, whatever was read ahead.
+
+        Megatron asks for it when it writes a checkpoint (``--dataloader-save``).
+
+        Raises:
+            ConfigError: the source cannot tell its state.
+        """
+        if not isinstance(self._source, SavableIterator):
+            raise ConfigError(
+                f"--dataloader-save: a {type(self._source).__name__} has no save_state; "
+                "leave the flag out, or train with --energon"
+            )
+        if self.is_empty or self._state is None:
+            return self._source.save_state()
+        return LoaderState(source=self._state["source"], skip=self._state["skip"] + self._taken)
 
 
 class LookAhead:
@@ -134,6 +184,20 @@ class LookAhead:
         made = _below(source) if _replays(source) else BufferedIterator(source)
         self._buffers.append((source, made))
         return made
+
+
+def data_state_hook(original: Callable[..., None]) -> Callable[..., None]:
+    """Megatron's `maybe_save_dataloader_state` that takes one iterator per chunk as well.
+
+    The first is the one that is read.
+    """
+
+    @functools.wraps(original)
+    def save(train_iterator: Any, *more: Any, **named: Any) -> None:
+        several = isinstance(train_iterator, list | tuple)
+        original(train_iterator[0] if several else train_iterator, *more, **named)
+
+    return save
 
 
 _REMEMBERED = 4

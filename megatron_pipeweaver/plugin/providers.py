@@ -134,6 +134,10 @@ class VisionLanguage:
         layout = make_layout(spec, 1, {})
         return WholeModel(build_chunks(spec, layout, model_options(args), pg_collection=groups))
 
+    def tokens_per_image(self, args: argparse.Namespace) -> int:
+        """Tokens of the language model that stand for one image."""
+        return self._item(args).tokens
+
     @staticmethod
     def _item(args: argparse.Namespace) -> Item:
         patches = (args.img_h // args.patch_dim) ** 2

@@ -39,6 +39,7 @@ from megatron_pipeweaver.plugin.arguments import (
     read_arguments,
     settle_virtual_size,
 )
+from megatron_pipeweaver.plugin.data import data_state_hook
 from megatron_pipeweaver.plugin.dry_run import plan_batches, play_first_rank
 from megatron_pipeweaver.plugin.install import install, is_patched_fork, run_on_cpu, uninstall
 from megatron_pipeweaver.plugin.journal import Journal, megatron_writer
@@ -87,7 +88,7 @@ def training_patches(family: ModelFamily) -> list[Patch]:
         )
     import megatron.training
     from megatron.core.datasets import utils as dataset_utils
-    from megatron.training import arguments, training
+    from megatron.training import arguments, checkpointing, training
 
     pretrain = pretrain_hook(training.pretrain, family)
     hooks = [
@@ -98,6 +99,11 @@ def training_patches(family: ModelFamily) -> list[Patch]:
     ]
     return [
         *([] if is_patched_fork() else hooks),
+        Patch(
+            checkpointing,
+            "maybe_save_dataloader_state",
+            data_state_hook(checkpointing.maybe_save_dataloader_state),
+        ),
         Patch(dataset_utils, "compile_helpers", built_helpers_hook(dataset_utils.compile_helpers)),
         *_cpu_training_patches(training),
     ]

@@ -137,6 +137,19 @@ def test_given_masks_and_positions_are_used(model):
     assert not torch.equal(apart[:, 4:], model.run(given)[:, 4:])
 
 
+def test_packed_documents_are_what_each_is_alone(model):
+    first, second = batch(2, seed=1), batch(1, seed=2)
+    sizes = [one["tokens"].shape[1] for one in (first, second)]
+    packed = {
+        name: torch.cat([first[name], second[name]], 0 if name == "images" else 1) for name in first
+    }
+    packed["position_ids"] = torch.cat([torch.arange(size) for size in sizes])[None]
+    packed["cu_seqlens"] = torch.tensor([0, *sizes]).cumsum(0).int()
+    losses = model.run(packed)
+    for one, found in zip((first, second), losses.split(sizes, 1), strict=True):
+        torch.testing.assert_close(found, model.run(one), rtol=1e-7, atol=1e-7)
+
+
 def test_logits_where_there_are_no_labels(model):
     microbatch = batch(1)
     losses = model.run(microbatch)

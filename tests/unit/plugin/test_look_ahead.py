@@ -6,7 +6,12 @@ from hypothesis import strategies as st
 from megatron.core.rerun_state_machine import RerunDataIterator
 
 from megatron_pipeweaver.errors import ConfigError
-from megatron_pipeweaver.plugin.data import BufferedIterator, LookAhead
+from megatron_pipeweaver.plugin.data import (
+    BufferedIterator,
+    LoaderState,
+    LookAhead,
+    data_state_hook,
+)
 
 
 def numbers(count=100):
@@ -112,6 +117,64 @@ def test_megatrons_replaying_iterator_replays_what_was_taken():
     assert isinstance(source.iterable, BufferedIterator)
     source.advance()
     assert next(source) == {"x": 6}
+
+
+class Savable:
+    """Numbers from a place on, which it can tell."""
+
+    def __init__(self, state=None):
+        self._next = state["source"] + state["skip"] if state else 0
+        self.saved = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self._next += 1
+        return {"x": self._next - 1}
+
+    def save_state(self):
+        self.saved += 1
+        return LoaderState(source=self._next, skip=0)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 4)), max_size=20))
+def test_a_state_is_that_of_what_was_taken_whatever_was_read_ahead(steps):
+    look, source, taken = LookAhead(), RerunDataIterator(Savable()), []
+    taken += xs(look.take(source, 1))
+    for peek, count in steps:
+        if peek:
+            look.peek(source, count)
+        else:
+            source.advance()
+            taken += xs(look.take(source, count))
+        following = Savable(source.iterable.save_state())
+        assert next(following) == {"x": len(taken)}
+    assert taken == list(range(len(taken)))
+
+
+def test_a_state_is_asked_for_once_per_iteration_and_not_per_microbatch():
+    look, source = LookAhead(), Savable()
+    for _ in range(5):
+        look.take(source, 8)
+        look.peek(source, 8)
+    assert source.saved <= 5
+
+
+def test_a_source_without_state_is_refused_by_name():
+    buffer = BufferedIterator(numbers())
+    with pytest.raises(ConfigError, match="--dataloader-save: a list_iterator has no save_state"):
+        buffer.save_state()
+
+
+def test_megatron_saves_the_iterator_that_is_read():
+    told = []
+    save = data_state_hook(lambda *given: told.append(given))
+    save(["first", "second"], 3, "folder")
+    save("alone", 4, "folder")
+    save(None, 5, "folder")
+    assert told == [("first", 3, "folder"), ("alone", 4, "folder"), (None, 5, "folder")]
 
 
 @settings(max_examples=100)

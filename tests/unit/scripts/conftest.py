@@ -1,4 +1,4 @@
-"""The quickstart's modules, imported from where they lie."""
+"""The scripts' modules, imported from where they lie."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ QUICKSTART = Path(__file__).parents[3] / "scripts" / "quickstart"
 
 @pytest.fixture(scope="session")
 def digits() -> ModuleType:
-    return _quickstart_module("digits")
+    return _module("digits")
 
 
 @pytest.fixture(scope="session")
 def recipe() -> ModuleType:
-    return _quickstart_module("recipe")
+    return _module("recipe")
 
 
-def _quickstart_module(name: str) -> ModuleType:
-    if str(QUICKSTART) not in sys.path:
-        sys.path.insert(0, str(QUICKSTART))
+@pytest.fixture(scope="session")
+def vlm_energon() -> ModuleType:
+    return _module("vlm_energon", QUICKSTART.parent)
+
+
+def _module(name: str, folder: Path = QUICKSTART) -> ModuleType:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
     return importlib.import_module(name)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_pipeweaver.semu.presets import SETUPS
+from tests.photographs import make_dataset
 
 REPO = Path(__file__).parents[3]
 JOBS = sorted(path.name for path in (REPO / "scripts" / "slurm").glob("*.sbatch"))
@@ -39,10 +40,11 @@ SMALL = shlex.split(
     "--no-masked-softmax-fusion --encoder-num-layers 2 --vision-hidden-size 16 "
     "--vision-ffn-hidden-size 32 --vision-num-attention-heads 2 --img-h 8 --img-w 8 --patch-dim 2 "
     "--max-images 3 --decoder-num-layers 2 --hidden-size 32 --ffn-hidden-size 32 "
-    "--num-attention-heads 8 --vocab-size 63 --make-vocab-size-divisible-by 32 --seq-length 32 "
-    "--max-position-embeddings 32 --pipeline-model-parallel-size 2 --use-cpu-initialization "
+    "--num-attention-heads 8 --vocab-size 256 --make-vocab-size-divisible-by 32 --seq-length 192 "
+    "--max-position-embeddings 192 --pipeline-model-parallel-size 2 --use-cpu-initialization "
     "--global-batch-size 2 --train-iters 2 --eval-interval 2 --lr-warmup-iters 0 --num-workers 0 "
-    "--pipeweaver-search-seconds 0.05 --pipeweaver-fallback wait"
+    "--eval-iters 0 --packing-buffer 8 --pipeweaver-search-seconds 0.05 "
+    "--pipeweaver-fallback wait"
 )
 
 pytestmark = pytest.mark.skipif(not BASH, reason="no bash")
@@ -159,11 +161,12 @@ def test_a_script_that_is_not_submitted_says_so(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     find_spec("megatron.training") is None, reason="this megatron-core has no megatron.training"
 )
-def test_one_node_plans_and_trains(tmp_path: Path) -> None:
+def test_one_node_plans_and_trains_on_photographs(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "photographs")
     traces = tmp_path / "traces"
     ended = submit(
         "one_node.sbatch",
-        *(*SMALL, "--pipeweaver-trace-dir", str(traces)),
+        *(*SMALL, "--pipeweaver-trace-dir", str(traces), "--energon", str(dataset)),
         folder=tmp_path,
         EXECUTE="yes",
         GPUS_PER_NODE="2",
