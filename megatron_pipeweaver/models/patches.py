@@ -29,7 +29,7 @@ class RotaryViTModel(MegatronModule):  # type: ignore[misc]
         super().__init__(config=setting.config)
         module = setting.module
         assert module.patch_size is not None  # VisionChunk has checked it
-        self._grid = setting.options.image_size // module.patch_size
+        self._grid = setting.options.encoder(module.name).image_size // module.patch_size
         self.conv1 = torch.nn.Conv2d(
             module.image_channels,
             module.hidden_size,

@@ -41,7 +41,8 @@ class VisionChunk(ModelChunk):
         self._folded = module.patches_per_token if place.is_last else 1
         self._class_tokens = int(setting.options.class_token and place.is_last)
         self._rotary = is_rotary(module)
-        self._grid = setting.options.image_size // (module.patch_size or 1)
+        image_size = setting.options.encoder(module.name).image_size
+        self._grid = image_size // (module.patch_size or 1)
         if place.is_last and module.output_size is not None:
             projector = build_projector(module, setting.options, setting.groups)
             self.add_module(self._projection_name, projector)
@@ -104,7 +105,7 @@ def _first_model(setting: ChunkSetting) -> Any:
             f"module {module.name!r}: image_size {image_size} is not a multiple of "
             f"patch_size {module.patch_size}"
         )
-    side, block = options.image_size // module.patch_size, math.isqrt(module.patches_per_token)
+    side, block = image_size // module.patch_size, math.isqrt(module.patches_per_token)
     if block * block != module.patches_per_token or side % block:
         raise ConfigError(
             f"module {module.name!r}: patches_per_token {module.patches_per_token} does not divide "
