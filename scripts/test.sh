@@ -34,7 +34,9 @@ for version in "${versions[@]}"; do
     fi
     tested=$((tested + 1))
     say "pytest on Python $version"
-    "$folder/bin/python" -m pytest "$@" || failed+=("pytest on Python $version")
+    # Two files at a time, also where there are more cores: a test may start eight ranks. A later
+    # -n wins: `test.sh 3.11 -n 0` runs in one process.
+    "$folder/bin/python" -m pytest -n 2 --dist loadfile "$@" || failed+=("pytest on Python $version")
 done
 
 [ "$tested" -gt 0 ] || fail "nothing was tested." "${missing[@]}"
