@@ -1,6 +1,7 @@
 """What the schedule function does around an iteration, without any rank."""
 
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -101,7 +102,11 @@ def fail(*_, **__):
 @pytest.mark.parametrize(
     "place", ["describe", "planner.plan", "encode"], ids=lambda place: f"in {place}"
 )
-def test_whatever_fails_on_the_planning_rank_reaches_the_others_on_one_line(monkeypatch, place):
+def test_whatever_fails_on_the_planning_rank_reaches_the_others_on_one_line(
+    monkeypatch, caplog, place
+):
+    # What is logged cannot be encoded, and pytest's workers hand captured logs on as UTF-8.
+    caplog.set_level(logging.CRITICAL, logger="megatron_pipeweaver")
     schedule = PipeWeaverSchedule(make_planner(), fail if place == "describe" else metadata)
     if place == "planner.plan":
         monkeypatch.setattr(schedule._source.planner, "plan", fail)
