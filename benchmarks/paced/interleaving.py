@@ -53,7 +53,9 @@ def interleaved_order(
         backwards = [
             ChunkOp(True, one, pipeline_size * (chunks - 1 - chunk) + rank) for one, chunk in table
         ]
-        warm_up = 2 * (pipeline_size - rank - 1) + (chunks - 1) * pipeline_size
+        ahead = pipeline_size - rank - 1
+        # One chunk per rank is plain 1F1B, which Megatron warms up with half as many.
+        warm_up = ahead if chunks == 1 else 2 * ahead + (chunks - 1) * pipeline_size
         ahead = min(len(table), warm_up)
         steady = [op for pair in zip(forwards[ahead:], backwards, strict=False) for op in pair]
         rest = backwards[len(table) - ahead :]
@@ -61,10 +63,15 @@ def interleaved_order(
     return tuple(ranks)
 
 
-def emulated_ns(order: Sequence[Sequence[ChunkOp]], costs: Costs) -> int:
-    """When the last op ends if each starts as soon as its rank and its inputs are there."""
+def emulated_ns(
+    order: Sequence[Sequence[ChunkOp]], costs: Costs, ended: dict[ChunkOp, int] | None = None
+) -> int:
+    """When the last op ends if each starts as soon as its rank and its inputs are there.
+
+    `ended` is filled with the end of every op, where it is given.
+    """
     last_stage = len(costs) - 1
-    ended: dict[ChunkOp, int] = {}
+    ended = {} if ended is None else ended
     free = [0] * len(order)
     following = [0] * len(order)
     while any(index < len(ops) for index, ops in zip(following, order, strict=True)):

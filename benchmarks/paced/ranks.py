@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel.schedules import (
-    forward_backward_pipelining_with_interleaving,
-)
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
@@ -56,14 +54,14 @@ def run_case(ctx: RankContext, case: PacedCase, scale: tuple[int, int], repeats:
     for repeat in range(repeats):
         for index, planned in enumerate(case.planned):
             ctx.note(f"batch {index}: PipeWeaver")
-            measured_ns = _timed(partial(_run_planned, ctx.rank, pace, planned, transport))
+            measured_ns = timed(partial(run_planned, ctx.rank, pace, planned, transport))
             rows.append(_row("pipeweaver", index, repeat, measured_ns, planned.emulated_ns))
         for setting in case.megatron:
             with megatron_ranks(ctx.size, setting.chunks):
                 for index, emulated_ns in enumerate(setting.emulated_ns):
                     ctx.note(f"batch {index}: {setting.name}")
-                    chunks = _megatron_chunks(ctx, pace, setting, index)
-                    measured_ns = _timed(partial(_run_megatron, chunks))
+                    chunks = megatron_chunks(ctx, pace, setting, index)
+                    measured_ns = timed(partial(run_megatron, chunks))
                     rows.append(_row(setting.name, index, repeat, measured_ns, emulated_ns))
     return [
         Measured(
@@ -83,7 +81,7 @@ def _row(system: str, batch: int, repeat: int, measured_ns: int, emulated_ns: in
     )
 
 
-def _timed(run: Callable[[], None]) -> int:
+def timed(run: Callable[[], None]) -> int:
     """Real time from an instant that all ranks start at to the end of the last one."""
     start = torch.tensor([time.perf_counter_ns() + _START_AHEAD_NS])
     dist.all_reduce(start, dist.ReduceOp.MAX)
@@ -123,9 +121,10 @@ class _PacedStages:
         return paced(self._pace, times, inputs, self._anchor)
 
 
-def _run_planned(
+def run_planned(
     rank: int, pace: Pace, planned: PlannedBatch, transport: ProcessGroupTransport
 ) -> None:
+    """This rank's actions of one iteration, by PipeWeaver's executor."""
     plan = planned.plan.plan
     stages = _PacedStages(pace, planned)
     names = {
@@ -169,7 +168,7 @@ class _MegatronChunk(torch.nn.Module):
         self.vp_stage = virtual
         self.model_type = None
         self._pace = pace
-        self._rows = rows
+        self.rows = rows
         self._input: Tensor | None = None
         self.anchor = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
 
@@ -180,12 +179,14 @@ class _MegatronChunk(torch.nn.Module):
     def forward(self, microbatch: int) -> Tensor:
         """The chunk on one microbatch."""
         inputs = () if self._input is None else (self._input,)
-        return paced(self._pace, self._rows[microbatch], inputs, self.anchor)
+        return paced(self._pace, self.rows[microbatch], inputs, self.anchor)
 
 
-def _megatron_chunks(
+def megatron_chunks(
     ctx: RankContext, pace: Pace, setting: MegatronSetting, batch: int
 ) -> list[_MegatronChunk]:
+    """This rank's chunks for one batch."""
+    virtual_size = setting.chunks if setting.chunks > 1 else None
     config = TransformerConfig(
         num_layers=ctx.size * setting.chunks,
         hidden_size=TINY[2],
@@ -193,10 +194,11 @@ def _megatron_chunks(
         pipeline_dtype=torch.float64,
         params_dtype=torch.float64,
         pipeline_model_parallel_size=ctx.size,
-        virtual_pipeline_model_parallel_size=setting.chunks,
-        overlap_p2p_comm=True,
+        virtual_pipeline_model_parallel_size=virtual_size,
+        # The fastest settings of Megatron's interleaved function; the other one takes none.
+        overlap_p2p_comm=virtual_size is not None,
         batch_p2p_comm=False,
-        overlap_p2p_comm_warmup_flush=True,
+        overlap_p2p_comm_warmup_flush=virtual_size is not None,
         # 0.16.1 frees outputs under sends that gloo has not finished.
         deallocate_pipeline_outputs=False,
     )
@@ -222,12 +224,14 @@ def _paced_times(cost: ChunkCost, before: ChunkCost | None) -> PacedTimes:
     )
 
 
-def _run_megatron(chunks: list[_MegatronChunk]) -> None:
-    count = len(chunks[0]._rows)
-    forward_backward_pipelining_with_interleaving(
+def run_megatron(chunks: list[_MegatronChunk]) -> None:
+    """One iteration by Megatron's own function for as many chunks per rank."""
+    schedule = get_forward_backward_func()
+    count = len(chunks[0].rows)
+    schedule(
         forward_step_func=_forward_step,
-        data_iterator=[iter(range(count)) for _ in chunks],
-        model=list(chunks),
+        data_iterator=[iter(range(count)) for _ in chunks] if chunks[1:] else iter(range(count)),
+        model=list(chunks) if chunks[1:] else chunks[0],
         num_microbatches=count,
         seq_length=TINY[0],
         micro_batch_size=TINY[1],

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.codec import problem_to_json, schedule_to_json, trace_to_json
 from megatron_pipeweaver.ir.json_reader import write_whole
 from megatron_pipeweaver.ir.plan_codec import plan_to_json
 from megatron_pipeweaver.planner.planner import PlanOrigin
 from megatron_pipeweaver.plugin.schedule import IterationReport
 from megatron_pipeweaver.view.layout import schedule_of_trace
+
+_log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -42,8 +46,12 @@ class Journal:
         iteration = self._iteration()
         for name, number in numbers_of(report).items():
             self._write(f"pipeweaver/{name}", number, iteration)
-        if self._directory is not None and report.planned is not None:
+        if self._directory is None or report.planned is None:
+            return
+        try:
             write_files(self._directory / f"iteration-{iteration:07d}", report)
+        except ConfigError as error:  # a full disk must not end the training that it tells of
+            _log.warning("iteration %d is not written: %s; training goes on", iteration, error)
 
 
 def numbers_of(report: IterationReport) -> Mapping[str, float]:

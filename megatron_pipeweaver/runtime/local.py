@@ -1,11 +1,13 @@
 """Pipeline ranks as threads of one process: the same transport without a network.
 
 Rendezvous semantics, as strict as gloo's: a send's wait ends once the peer has posted the
-receive, a receive's once the peer has posted the send.
+receive, a receive's once the peer has posted the send. Messages are matched by their numbers, as
+gloo does by tags, or by the order in which each end posts them, as NCCL does, which knows no tags.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from threading import Condition
 
 from torch import Tensor
@@ -18,10 +20,16 @@ _Key = tuple[int, int, int]  # source rank, target rank, number
 
 
 class LocalNetwork:
-    """What the ranks' transports share; `timeout_s` bounds every wait."""
+    """What the ranks' transports share.
 
-    def __init__(self, timeout_s: float = 10.0) -> None:
+    Args:
+        timeout_s: bounds every wait.
+        by_order: match the messages of a directed rank pair by the order of their posts.
+    """
+
+    def __init__(self, timeout_s: float = 10.0, *, by_order: bool = False) -> None:
         self.timeout_s = timeout_s
+        self.by_order = by_order
         self._changed = Condition()
         self._sent: dict[_Key, Tensor] = {}
         self._wanted: set[_Key] = set()
@@ -56,30 +64,36 @@ class LocalTransport:
 
     def __init__(self, network: LocalNetwork) -> None:
         self._network = network
+        self._sent: Counter[tuple[int, int]] = Counter()
+        self._received: Counter[tuple[int, int]] = Counter()
 
     def isend(self, message: Message, tensor: Tensor) -> Pending:
         """Post a copy of `tensor`."""
-        self._network.post_send(_key(message), tensor.clone())
-        return _Send(self._network, message, tensor)
+        key = self._key(message, self._sent)
+        self._network.post_send(key, tensor.clone())
+        return _Send(self._network, message, key, tensor)
 
     def irecv(self, message: Message) -> Pending:
         """Post the receive of `message`."""
-        self._network.post_receive(_key(message))
-        return _Receive(self._network, message)
+        key = self._key(message, self._received)
+        self._network.post_receive(key)
+        return _Receive(self._network, message, key)
 
-
-def _key(message: Message) -> _Key:
-    return message.source_rank, message.target_rank, message.sequence
+    def _key(self, message: Message, posted: Counter[tuple[int, int]]) -> _Key:
+        pair = message.source_rank, message.target_rank
+        posted[pair] += 1
+        return (*pair, posted[pair] - 1 if self._network.by_order else message.sequence)
 
 
 class _Send:
-    def __init__(self, network: LocalNetwork, message: Message, tensor: Tensor) -> None:
+    def __init__(self, network: LocalNetwork, message: Message, key: _Key, tensor: Tensor) -> None:
         self._network = network
         self._message = message
+        self._key = key
         self._tensor = tensor
 
     def wait(self) -> Tensor:
-        if not self._network.await_receive(_key(self._message)):
+        if not self._network.await_receive(self._key):
             raise TransferError(
                 f"{describe(self._message)} to rank {self._message.target_rank} did not go through "
                 f"within {self._network.timeout_s:g} s; that rank never posted the receive"
@@ -88,12 +102,13 @@ class _Send:
 
 
 class _Receive:
-    def __init__(self, network: LocalNetwork, message: Message) -> None:
+    def __init__(self, network: LocalNetwork, message: Message, key: _Key) -> None:
         self._network = network
         self._message = message
+        self._key = key
 
     def wait(self) -> Tensor:
-        tensor = self._network.take(_key(self._message))
+        tensor = self._network.take(self._key)
         if tensor is None:
             raise TransferError(
                 f"{describe(self._message)} from rank {self._message.source_rank} did not arrive "

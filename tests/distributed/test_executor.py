@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_pipeweaver.compiler.verify import verify
 from megatron_pipeweaver.errors import PlanMismatchError, TransferError
@@ -27,6 +28,7 @@ from megatron_pipeweaver.runtime.executor import Executor
 from megatron_pipeweaver.runtime.recorder import Recorder
 from megatron_pipeweaver.runtime.stage import ModuleStages
 from megatron_pipeweaver.runtime.transfer import ProcessGroupTransport
+from megatron_pipeweaver.runtime.watchdog import StoreBoard, WatchConfig, Watchdog
 from tests.distributed.harness import RankContext, outcomes_of_ranks, run_on_ranks
 from tests.distributed.toy import (
     build_chunks,
@@ -205,7 +207,9 @@ def _stage_fails(ctx: RankContext) -> None:
         stages: ModuleStages = _Broken(plan.plan, build_chunks(plan.plan, 2), loss_of)
     else:
         stages, _ = stages_of(plan.plan, ctx.rank)
-    Executor(ctx.rank, stages, transport, Recorder(0, "")).run(plan)
+    watchdog = Watchdog(ctx.rank, StoreBoard(_get_default_store(), "0"), WatchConfig())
+    with watchdog.watching(plan.plan, 5) as at:
+        Executor(ctx.rank, stages, transport, Recorder(5, "", on_action=at)).run(plan)
 
 
 def _trained_plan() -> VerifiedPlan:
@@ -219,3 +223,4 @@ def test_a_rank_that_fails_takes_the_others_down_long_before_their_time_limit() 
         assert isinstance(one.error, ValueError if rank == 2 else TransferError), one.describe()
         if rank != 2:
             assert str(one.error).startswith(f"rank {rank}, action ")
+            assert "rank 2: failed: ValueError: this stage is broken" in str(one.error)

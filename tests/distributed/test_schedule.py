@@ -91,8 +91,15 @@ def duties(ctx: RankContext) -> dict[str, Any]:
             config = trainer.model[0].config
             config.grad_scale_func = lambda loss: loss * 8
             trainer.step(microbatches)
-            config.grad_scale_func = None
             scaled = trainer.gradients()
+            ctx.note("a loss that is no number")
+            config.grad_scale_func = lambda loss: loss * float("nan")
+            trainer.step(microbatches)
+            seen["nan"] = any(bool(one.isnan().any()) for one in trainer.gradients().values())
+            config.grad_scale_func = None
+            trainer.step(microbatches)
+            after = trainer.gradients()
+            seen["recovered"] = all(torch.equal(after[name], one) for name, one in before.items())
             seen["scaled"] = all(torch.equal(scaled[name], 8 * one) for name, one in before.items())
             seen["function"] = type(get_forward_backward_func()).__name__
         seen["restored"] = (
@@ -114,6 +121,8 @@ def test_duties_of_a_schedule_function() -> None:
     for rank, seen in enumerate(found):
         assert seen["untouched"], "evaluation left gradients"
         assert seen["scaled"]
+        assert seen["nan"], "every rank goes through the iteration to its end"
+        assert seen["recovered"], "an iteration without numbers leaves nothing behind"
         assert seen["function"] == "InstalledSchedule"
         assert seen["restored"]
         assert seen["rows"] == seen["actions"]

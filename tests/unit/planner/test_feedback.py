@@ -197,6 +197,23 @@ def test_what_took_as_long_as_predicted_has_no_error():
     assert median_error_permille(found, Corrections()) == 0
 
 
+def test_a_host_whose_clock_is_off_teaches_the_same():
+    batch = batch_of(3, 0, 5)
+    planned = make_planner().plan(batch)
+    trace = traced(planned, lambda op: op.end_ns - op.start_ns + 3)
+
+    def later(rows, by_ns):
+        return tuple(
+            replace(row, start_ns=row.start_ns + by_ns, end_ns=row.end_ns + by_ns) for row in rows
+        )
+
+    skewed = replace(
+        trace,
+        ranks=tuple(later(rows, rank * 3_600 * 10**9) for rank, rows in enumerate(trace.ranks)),
+    )
+    assert stage_times(skewed) == stage_times(trace)
+
+
 def test_ops_that_the_problem_does_not_know_teach_nothing():
     batch = batch_of(3, 0, 5)
     planned = make_planner().plan(batch)

@@ -66,7 +66,9 @@ def _run_ranks(
 def test_threads_equal_one_process(seed: int, forward_only: bool) -> None:
     verified = draw_plan(seed, forward_only=forward_only)
     ranks = [stages_of(verified.plan, rank) for rank in range(verified.plan.pipeline_size)]
-    errors, recorders = _run_ranks(verified, lambda rank: ranks[rank][0])
+    # Every other one without tags: in a pair's order alone, as on NCCL.
+    network = LocalNetwork(by_order=seed % 2 == 1)
+    errors, recorders = _run_ranks(verified, lambda rank: ranks[rank][0], network)
     assert errors == {}
     losses: dict[PassKey, Tensor] = {}
     found = {}

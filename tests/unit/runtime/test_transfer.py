@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -66,3 +68,15 @@ def test_a_send_is_done_only_when_its_receive_is_posted() -> None:
     assert torch.equal(received.wait(), tensor)
     with pytest.raises(TransferError, match="from rank 0 did not arrive"):
         received.wait()
+
+
+def test_without_tags_messages_are_matched_in_the_order_of_their_posts() -> None:
+    later = replace(MESSAGE, sequence=1)
+    first, second = torch.zeros(2, 3), torch.ones(2, 3)
+    for by_order, expected in ((False, second), (True, first)):
+        network = LocalNetwork(timeout_s=1.0, by_order=by_order)
+        sender, receiver = LocalTransport(network), LocalTransport(network)
+        sender.isend(MESSAGE, first)
+        sender.isend(later, second)
+        got = receiver.irecv(later)  # a receiver that does not keep to the sender's order
+        assert torch.equal(got.wait(), expected)

@@ -1,4 +1,5 @@
 import logging
+import resource
 import subprocess
 import sys
 import time
@@ -179,3 +180,22 @@ def test_own_rules_are_not_cached_on_disk(tmp_path: Path) -> None:
             rules={OperatorClass.MATMUL: lambda operator, phase: 1},
             disk=DiskCache(tmp_path / "cache.json"),
         )
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    path = tmp_path / "cache.json"
+    cache = DiskCache(path)
+    cache.get("first", lambda: _strategy(7))
+    cache.save()
+    for number in range(200):
+        cache.get(f"key {number}", lambda: _strategy(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match="cannot be written"):
+            cache.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert DiskCache(path).get("first", _refuse) == _strategy(7)
+    cache.save()  # there is room again, and nothing was lost
+    assert DiskCache(path).get("key 3", _refuse) == _strategy(1)
