@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from megatron_pipeweaver.errors import ConfigError, TransferError
 from megatron_pipeweaver.ir.plan import Message
 from megatron_pipeweaver.ir.text import parse_op
+from megatron_pipeweaver.runtime import transfer
 from megatron_pipeweaver.runtime.local import LocalNetwork, LocalTransport
 from megatron_pipeweaver.runtime.transfer import describe, directed_pairs
 
@@ -38,6 +41,80 @@ def test_links_are_directed_neighbours_in_one_order(
     pipelines: list[list[int]], pairs: tuple[tuple[int, int], ...]
 ) -> None:
     assert directed_pairs(pipelines) == pairs
+
+
+class FakeDist:
+    """`torch.distributed` as NCCL is: messages of a group in the order of their posts, no tags."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.made: list[tuple[int, ...]] = []
+        self.posted: list[tuple[str, int, tuple[int, ...]]] = []
+        self.waits: list[tuple[Any, ...]] = []
+
+    def get_rank(self) -> int:
+        return self.rank
+
+    def new_group(self, ranks: list[int], **_: Any) -> tuple[int, tuple[int, ...]]:
+        self.made.append(tuple(ranks))
+        return len(self.made) - 1, tuple(ranks)
+
+    def send(self, tensor: torch.Tensor, peer: int, *, group: Any) -> None:
+        self.posted.append(("probe out", peer, group))
+
+    def recv(self, tensor: torch.Tensor, peer: int, *, group: Any) -> None:
+        self.posted.append(("probe in", peer, group))
+
+    def isend(self, tensor: torch.Tensor, peer: int, *, group: Any, tag: int) -> FakeDist:
+        self.posted.append(("isend", peer, group))
+        return self
+
+    def irecv(self, tensor: torch.Tensor, peer: int, *, group: Any, tag: int) -> FakeDist:
+        self.posted.append(("irecv", peer, group))
+        return self
+
+    def wait(self, *limit: Any) -> None:
+        self.waits.append(limit)
+
+
+def test_every_rank_makes_the_same_communicators_in_the_same_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipelines = [(0, 2, 4), (1, 3, 5)]
+    made, probed = [], []
+    for rank in range(6):
+        fake = FakeDist(rank)
+        monkeypatch.setattr(transfer, "dist", fake)
+        transfer.ProcessGroupTransport(
+            pipelines, device=torch.device("cpu"), timeout=timedelta(seconds=1)
+        )
+        made.append(fake.made)
+        probed.append([group for _, _, group in fake.posted])
+    assert all(one == made[0] for one in made)
+    assert len(made[0]) == 12  # three pairs of two pipelines, both directions
+    for one in probed:  # each link is tried once, in one order everywhere, so no ring can wait
+        assert one == sorted(one)
+        assert len(set(one)) == len(one) == 4
+
+
+def test_directions_do_not_share_a_communicator_and_device_waits_stay_on_the_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeDist(0)
+    monkeypatch.setattr(transfer, "dist", fake)
+    transport = transfer.ProcessGroupTransport(
+        [(0, 1)], device=torch.device("meta"), timeout=timedelta(seconds=1)
+    )
+    fake.posted.clear()
+    sent = transport.isend(MESSAGE, torch.zeros(2, 3))
+    back = replace(MESSAGE, source_rank=1, target_rank=0)
+    received = transport.irecv(back)
+    (out, to, first), (inward, source, second) = fake.posted
+    assert (out, to, inward, source) == ("isend", 1, "irecv", 1)
+    assert first != second
+    sent.wait()
+    assert received.wait().shape == (2, 3)
+    assert fake.waits == [(), ()]  # a time limit would block the host
 
 
 def test_a_pipeline_of_four_wraps_around() -> None:

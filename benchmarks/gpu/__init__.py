@@ -1,0 +1,1 @@
+"""What only a GPU can show; `scripts/gpu_check.sh` runs it."""
