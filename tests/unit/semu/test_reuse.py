@@ -190,7 +190,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path) -> None:
     for number in range(200):
         cache.get(f"key {number}", lambda: _strategy(1))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:
         with pytest.raises(ConfigError, match="cannot be written"):
             cache.save()
