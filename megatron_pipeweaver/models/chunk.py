@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from megatron.core.enums import ModelType
@@ -20,8 +21,10 @@ from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.layout import ChunkPlace
 from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleSpec
 from megatron_pipeweaver.ir.plan import PlanPass
+from megatron_pipeweaver.ir.strategy import layer_strategies
 from megatron_pipeweaver.models.options import ModelOptions
-from megatron_pipeweaver.models.strategy import StrategyLayer, recomputed_layers
+from megatron_pipeweaver.models.strategy import Saver, StrategyLayer, check_strategies
+from megatron_pipeweaver.models.weight_grad import WeightGradients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,11 +132,28 @@ class ModelChunk(MegatronModule, abc.ABC):  # type: ignore[misc]
         del batch
         return 0
 
-    def set_strategy(self, name: str) -> None:
-        """Under which memory strategy the next forwards run (`ir.strategy`)."""
-        recomputed = recomputed_layers(name, len(self.layers))
-        for layer, again in zip(self.layers, recomputed, strict=True):
-            layer.recompute = again
+    def set_strategy(self, name: str, saver: Saver | None = None) -> None:
+        """Under which memory strategy the next forwards run.
+
+        Args:
+            name: as in `ir.strategy`, one strategy for all layers or runs of them.
+            saver: where layers that are offloaded keep what they save.
+
+        Raises:
+            ConfigError: there is no such strategy, or it is not one of this chunk's layers.
+        """
+        strategies = layer_strategies(name, len(self.layers))
+        check_strategies(strategies, self.layers)
+        for strategy, layer in zip(strategies, self.layers, strict=True):
+            layer.strategy, layer.saver = strategy, saver
+
+    @cached_property
+    def weight_gradients(self) -> WeightGradients:
+        """Lets the chunk's linears leave weight gradients out of their backwards."""
+        made = WeightGradients(self)
+        for layer in self.layers:
+            layer.weight_gradients = made
+        return made
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Run one stage of one pass, on the inputs and the pass that were set.

@@ -1,64 +1,152 @@
-"""Memory strategies at run time: which layers of a chunk keep their activations.
+"""Memory strategies at run time: what each layer of a chunk keeps for its backward.
 
-Megatron's own recomputation is one static choice for the whole run; here it is read at every
-forward and baked into that forward's graph (paper, section 5).
+Megatron's own recomputation and offloading are one static choice for the whole run; here they are
+read at every forward and baked into that forward's graph (paper, section 5). Gradients are the
+same to the last bit under all of them, dropout included: whatever runs again runs under the random
+states that it ran under first.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_pipeweaver.errors import ConfigError
-from megatron_pipeweaver.ir.strategy import LayerStrategy, layer_strategies
+from megatron_pipeweaver.ir.strategy import LayerStrategy
+from megatron_pipeweaver.models.dropped import DroppedActivation, DroppedNorm
+from megatron_pipeweaver.models.weight_grad import WeightGradients
 
-RUNS = (LayerStrategy.KEEP, LayerStrategy.RECOMPUTE)
-"""What a layer can do at run time."""
+_DROP_NORMS = frozenset({LayerStrategy.NORM, LayerStrategy.LIGHT})
+_WANT_INPUT_GRADIENT = _DROP_NORMS | {LayerStrategy.RECOMPUTE}
+"""Of an input without gradient, checkpointing would drop the parameters' gradients too."""
 
 
-def recomputed_layers(name: str, layers: int) -> tuple[bool, ...]:
-    """Which of a chunk's `layers` layers strategy `name` recomputes (names: `ir.strategy`).
+class Saver(Protocol):
+    """Keeps what forwards save for their backwards somewhere else than on the device."""
 
-    Raises:
-        ConfigError: there is no such strategy, or it is one of a chunk with other layers, or a
-            layer does what it cannot do at run time.
-    """
-    found = layer_strategies(name, layers)
-    for one in found:
-        if one not in RUNS:
-            raise ConfigError(
-                f"memory strategy {name!r}: layers cannot {one.value!r} at run time; "
-                f"plan with {[each.value for each in RUNS]}"
-            )
-    return tuple(one is LayerStrategy.RECOMPUTE for one in found)
+    def saving(self, ignored: Iterable[Tensor]) -> AbstractContextManager[None]:
+        """Where forwards inside save all but `ignored`, one layer a call, in forward order."""
 
 
 class StrategyLayer(TransformerLayer):  # type: ignore[misc]
-    """Megatron's transformer layer, recomputed in its backward while `recompute` is set.
+    """Megatron's transformer layer, under the memory strategy that is set when it runs.
 
-    Recomputation replays the random states, so gradients are those of a kept layer bit by bit.
+    Attributes:
+        strategy: what the next forwards keep.
+        saver: where they keep it under `LayerStrategy.OFFLOAD`.
+        weight_gradients: where the layer's linears leave their weight gradients, if anywhere.
     """
 
-    recompute = False
+    strategy = LayerStrategy.KEEP
+    saver: Saver | None = None
+    weight_gradients: WeightGradients | None = None
 
     def forward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         """Megatron's arguments; returns the hidden states and the cross-attention context."""
-        forward = super().forward
         hidden_SBH = options.pop("hidden_states", None) if not args else args[0]
         context = options.pop("context", None)
+        strategy = self.strategy
+        blind = strategy in _WANT_INPUT_GRADIENT and not hidden_SBH.requires_grad
+        if blind or not torch.is_grad_enabled():
+            strategy = LayerStrategy.KEEP
 
-        def run(hidden_SBH: Tensor, context: Tensor | None) -> Any:
-            return forward(hidden_SBH, *args[1:], context=context, **options)
-
-        # Of an input without gradient, checkpointing would drop the parameters' gradients too.
-        if self.recompute and torch.is_grad_enabled() and hidden_SBH.requires_grad:
-            output: tuple[Tensor, Tensor | None] = tensor_parallel.checkpoint(
-                run, False, hidden_SBH, context
+        def run(
+            inner: LayerStrategy, hidden_SBH: Tensor, context: Tensor | None
+        ) -> tuple[Tensor, Tensor | None]:
+            self._choose(inner)
+            made: tuple[Tensor, Tensor | None] = super(StrategyLayer, self).forward(
+                hidden_SBH, *args[1:], context=context, **options
             )
-        else:
-            output = run(hidden_SBH, context)
-        return output
+            return made
+
+        runner = _RUNNERS.get(strategy, _run_here)
+        return runner(self, functools.partial(run, strategy), hidden_SBH, context)
+
+    def _choose(self, strategy: LayerStrategy) -> None:
+        """Have the layer's parts run under `strategy`."""
+        attention = self.self_attention
+        attention.checkpoint_core_attention = strategy is LayerStrategy.ATTENTION
+        norms = (
+            (self.input_layernorm, attention, "linear_qkv"),
+            (self.pre_mlp_layernorm, self.mlp, "linear_fc1"),
+        )
+        for norm, behind, linear in norms:
+            # Transformer Engine's norms are parts of the linears behind them.
+            if not isinstance(norm, IdentityOp):
+                DroppedNorm(norm, getattr(behind, linear)).turn(strategy in _DROP_NORMS)
+        DroppedActivation(self.mlp).turn(strategy is LayerStrategy.LIGHT)
+
+    def weight_gradients_at_once(self) -> AbstractContextManager[None]:
+        """Forwards inside have their backwards compute weight gradients themselves."""
+        gradients = self.weight_gradients
+        return nullcontext() if gradients is None else gradients.at_once()
+
+
+_Run = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+_Result = tuple[Tensor, Tensor | None]
+
+
+def _run_here(
+    layer: StrategyLayer, run: _Run, hidden_SBH: Tensor, context: Tensor | None
+) -> _Result:
+    return run(hidden_SBH, context)
+
+
+def _run_again(
+    layer: StrategyLayer, run: _Run, hidden_SBH: Tensor, context: Tensor | None
+) -> _Result:
+    """Keep the input alone, and run the forward again in front of the backward."""
+
+    def at_once(hidden_SBH: Tensor, context: Tensor | None) -> _Result:
+        # What was dropped must not be held again until a weight gradient of its own.
+        with layer.weight_gradients_at_once():
+            return run(hidden_SBH, context)
+
+    output: _Result = tensor_parallel.checkpoint(at_once, False, hidden_SBH, context)
+    return output
+
+
+def _run_offloaded(
+    layer: StrategyLayer, run: _Run, hidden_SBH: Tensor, context: Tensor | None
+) -> _Result:
+    """Have what is saved wait in host memory; parameters are on the device anyway."""
+    if layer.saver is None:
+        raise ConfigError(
+            f"layer {layer.layer_number}: strategy {LayerStrategy.OFFLOAD.value!r} and nowhere to "
+            "offload to; set the chunk's strategy with a saver"
+        )
+    with layer.weight_gradients_at_once(), layer.saver.saving(layer.parameters()):
+        return run(hidden_SBH, context)
+
+
+_RUNNERS: Mapping[
+    LayerStrategy, Callable[[StrategyLayer, _Run, Tensor, Tensor | None], _Result]
+] = {
+    LayerStrategy.RECOMPUTE: _run_again,
+    LayerStrategy.OFFLOAD: _run_offloaded,
+}
+"""How a layer runs where Megatron's own code does not do what the strategy says."""
+
+
+def check_strategies(strategies: Iterable[LayerStrategy], layers: Iterable[StrategyLayer]) -> None:
+    """Returns when `layers` can run under `strategies`.
+
+    Raises:
+        ConfigError: a layer's MLP is not one whose activation can be run again.
+    """
+    for strategy, layer in zip(strategies, layers, strict=True):
+        if strategy is LayerStrategy.LIGHT and type(layer.mlp) is not MLP:
+            raise ConfigError(
+                f"layer {layer.layer_number}: strategy {strategy.value!r} runs the activation of "
+                f"Megatron's MLP again, and this is a {type(layer.mlp).__name__}; plan with "
+                f"{LayerStrategy.NORM.value!r} instead"
+            )

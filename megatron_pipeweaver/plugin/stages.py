@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_pipeweaver.ir.layout import ChunkLayout
-from megatron_pipeweaver.ir.plan import Plan, PlanPass
-from megatron_pipeweaver.ir.problem import OpKey, PassKey
+from megatron_pipeweaver.ir.plan import ComputeAction, Plan, PlanPass
+from megatron_pipeweaver.ir.problem import OpKey, OpKind, PassKey
 from megatron_pipeweaver.models.chunk import ModelChunk
+from megatron_pipeweaver.models.weight_grad import LeftOut
 from megatron_pipeweaver.plugin import compat
+from megatron_pipeweaver.runtime.offload import HostOffload, copy_stream
+from megatron_pipeweaver.runtime.stage import split_backwards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,15 @@ def unwrap(model: torch.nn.Module) -> ModelChunk:
     return chunk
 
 
+class _Alive(NamedTuple):
+    """What a stage pair holds from its forward to its backward."""
+
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    left_out: LeftOut
+    offload: HostOffload
+
+
 class MegatronStages:
     """The stages of one rank in one iteration; a `StageRunner` for the executor."""
 
@@ -50,7 +63,11 @@ class MegatronStages:
         self._layout = layout
         self._frozen = frozenset(one.key for one in plan.passes if one.frozen)
         self._chunks = [unwrap(one) for one in context.model]
-        self._alive: dict[tuple[PassKey, int], tuple[tuple[Tensor, ...], Tensor]] = {}
+        self._split = split_backwards(plan)
+        self._alive: dict[tuple[PassKey, int], _Alive] = {}
+        self._left_out: dict[tuple[PassKey, int], LeftOut] = {}
+        self._next_backward = _next_backwards(plan)
+        self._copy_stream = copy_stream()
         self._outcomes: dict[int, list[Any]] = {}
         self._started: set[int] = set()
         self.num_tokens = torch.zeros([], dtype=torch.int, device=torch.cuda.current_device())
@@ -66,13 +83,17 @@ class MegatronStages:
         context = self._context
         virtual_stage = self._layout.virtual_stage(op.module, op.stage)
         chunk = self._chunks[virtual_stage]
+        self._prefetch_behind(op)
+        offload = HostOffload(self._copy_stream)
         chunk.set_pass(one)
-        chunk.set_strategy(strategy)
+        chunk.set_strategy(strategy, offload)
         trained = not (one.frozen or context.forward_only)
         if trained:
             inputs = self._as_leaves(one, op, inputs)
         outcomes: list[Any] = []
-        with torch.set_grad_enabled(trained):
+        split = op.with_kind(OpKind.B) in self._split
+        gradients = chunk.weight_gradients
+        with torch.set_grad_enabled(trained), gradients.leaving_out(split) as left_out:
             output, num_tokens = compat.forward_step(
                 context.forward_step_func,
                 iter([context.microbatches[op.microbatch]]),
@@ -94,7 +115,7 @@ class MegatronStages:
         # Megatron's layers add their biases with gradients enabled, even where they are disabled.
         graph_end, handed_on = output[0], output[0].detach()
         if trained:
-            self._alive[op.owner, op.stage] = (inputs, graph_end)
+            self._alive[op.owner, op.stage] = _Alive(inputs, graph_end, left_out, offload)
             compat.deallocate_output_tensor(
                 graph_end, context.config.deallocate_pipeline_outputs and not self._makes_loss(op)
             )
@@ -116,22 +137,39 @@ class MegatronStages:
             that is frozen.
         """
         del strategy  # it was baked into the graph by the forward
-        inputs, output = self._alive.pop((op.owner, op.stage))
+        inputs, output, left_out, offload = self._alive.pop((op.owner, op.stage))
         if not output_grads and not self._makes_loss(op):
             # Every consumer is frozen: nothing flows back, the parameters keep zero gradients.
             return tuple(torch.zeros_like(one) for one in inputs)
         output_grad = sum_in_order(output_grads)
         tracked = [each for each in inputs if each.requires_grad]
+        offload.prefetch()
+        self._prefetch_behind(op)
         compat.backward_step(tracked or [None], output, output_grad, self._context.config)
+        offload.finish()
+        if op in self._split:
+            self._left_out[op.owner, op.stage] = left_out
+        else:
+            left_out.finish()
         return tuple(each.grad if each.requires_grad else None for each in inputs)
 
     def weight_grad(self, one: PlanPass, op: OpKey) -> None:
-        """Split weight gradients are not run by Megatron's layers yet."""
-        raise NotImplementedError(f"{op}: split weight gradients; plan without them")
+        """Compute and accumulate the weight gradients that the backward of `op` left out."""
+        self._prefetch_behind(op)
+        left_out = self._left_out.pop((op.owner, op.stage), None)
+        if left_out is not None:  # else nothing has flowed back
+            left_out.finish()
 
     def losses(self) -> list[Any]:
         """What the loss function reported, by microbatch whatever the schedule was."""
         return [each for index in sorted(self._outcomes) for each in self._outcomes[index]]
+
+    def _prefetch_behind(self, op: OpKey) -> None:
+        """Begin to bring back what the backward that follows `op` on this rank starts with."""
+        backward = self._next_backward.get(op)
+        alive = None if backward is None else self._alive.get((backward.owner, backward.stage))
+        if alive is not None:
+            alive.offload.prefetch()
 
     def _as_leaves(
         self, one: PlanPass, op: OpKey, inputs: tuple[Tensor, ...]
@@ -154,6 +192,14 @@ class MegatronStages:
         if context.first_val_step is not None and context.forward_only:
             return first and context.first_val_step
         return first
+
+
+def _next_backwards(plan: Plan) -> dict[OpKey, OpKey]:
+    """The ops that a backward follows at once on their rank, and that backward."""
+    ops = (
+        [action.op for action in rank if isinstance(action, ComputeAction)] for rank in plan.ranks
+    )
+    return {op: behind for rank in ops for op, behind in pairwise(rank) if behind.kind is OpKind.B}
 
 
 def sum_in_order(grads: Sequence[Tensor]) -> Tensor | None:

@@ -23,20 +23,20 @@ class ActivationMeter:
     """
 
     def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
-        self._ignored = frozenset(_storage(one) for one in ignored)
-        self._users: dict[int, int] = {}
+        self._ignored = frozenset(_identity(one) for one in ignored)
+        self._held: dict[int, tuple[int, Tensor]] = {}
         self._lock = Lock()  # autograd lets go of tensors from threads of its own
-        self._held_bytes = 0
         self._peak_bytes = 0
 
     @property
     def held_bytes(self) -> int:
-        """Bytes held at this moment."""
-        return self._held_bytes
+        """Bytes held at this moment; storages that were emptied for a while hold nothing."""
+        with self._lock:
+            return self._sum()
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes held at any moment so far."""
+        """The most bytes held at any moment at which something was saved."""
         return self._peak_bytes
 
     @contextmanager
@@ -46,47 +46,49 @@ class ActivationMeter:
             yield
 
     def _pack(self, tensor: Tensor) -> _Saved | Tensor:
-        if _storage(tensor) in self._ignored or tensor.numel() == 0:
+        if _identity(tensor) in self._ignored or tensor.numel() == 0:
             return tensor
         return _Saved(self, tensor)
 
-    def take(self, storage: int, size_bytes: int) -> None:
-        """One more user of a storage."""
+    def take(self, tensor: Tensor) -> None:
+        """One more user of a tensor's storage."""
+        identity = _identity(tensor)
         with self._lock:
-            users = self._users.get(storage, 0)
-            self._users[storage] = users + 1
+            users, _ = self._held.get(identity, (0, tensor))
+            self._held[identity] = (users + 1, tensor)
             if users == 0:
-                self._held_bytes += size_bytes
-                self._peak_bytes = max(self._peak_bytes, self._held_bytes)
+                self._peak_bytes = max(self._peak_bytes, self._sum())
 
-    def release(self, storage: int, size_bytes: int) -> None:
+    def release(self, tensor: Tensor) -> None:
         """One user less."""
+        identity = _identity(tensor)
         with self._lock:
-            self._users[storage] -= 1
-            if self._users[storage] == 0:
-                del self._users[storage]
-                self._held_bytes -= size_bytes
+            users, held = self._held.pop(identity)
+            if users > 1:
+                self._held[identity] = (users - 1, held)
+
+    def _sum(self) -> int:
+        return sum(one.untyped_storage().nbytes() for _, one in self._held.values())
 
 
 class _Saved:
     """A saved tensor; tells its meter when autograd drops it."""
 
-    __slots__ = ("_meter", "_size_bytes", "_storage", "tensor")
+    __slots__ = ("_meter", "tensor")
 
     def __init__(self, meter: ActivationMeter, tensor: Tensor) -> None:
         self.tensor = tensor.detach()  # the tensor itself may own the graph that owns this
         self._meter = meter
-        self._storage = _storage(tensor)
-        self._size_bytes = tensor.untyped_storage().nbytes()
-        meter.take(self._storage, self._size_bytes)
+        meter.take(self.tensor)
 
     def __del__(self) -> None:
-        self._meter.release(self._storage, self._size_bytes)
+        self._meter.release(self.tensor)
 
 
 def _unpack(saved: _Saved | Tensor) -> Tensor:
     return saved.tensor if isinstance(saved, _Saved) else saved
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _identity(tensor: Tensor) -> int:
+    """The storage itself: its address in memory changes where it is emptied and filled again."""
+    return int(tensor.untyped_storage()._cdata)

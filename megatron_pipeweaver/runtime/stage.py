@@ -50,6 +50,16 @@ class StageRunner(Protocol):
         """Add the weight gradients that the backward of `op` left out."""
 
 
+def split_backwards(plan: Plan) -> frozenset[OpKey]:
+    """The backwards of `plan` whose weight gradients are ops of their own."""
+    return frozenset(
+        action.op.with_kind(OpKind.B)
+        for rank in plan.ranks
+        for action in rank
+        if isinstance(action, ComputeAction) and action.op.kind is OpKind.W
+    )
+
+
 RunForward = Callable[[torch.nn.Module, PlanPass, OpKey, tuple[Tensor, ...]], Tensor]
 
 
@@ -104,12 +114,7 @@ class ModuleStages:
         self._modules = modules
         self._loss = loss
         self._strategies = strategies
-        self._split = frozenset(
-            action.op.with_kind(OpKind.B)
-            for rank in plan.ranks
-            for action in rank
-            if isinstance(action, ComputeAction) and action.op.kind is OpKind.W
-        )
+        self._split = split_backwards(plan)
         self._alive: dict[tuple[PassKey, int], _Alive] = {}
         self._awaits_weight_grad: dict[tuple[PassKey, int], tuple[Tensor, Tensor]] = {}
         self.losses: dict[PassKey, Tensor] = {}

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from megatron_pipeweaver.models.options import ModelOptions
 from megatron_pipeweaver.models.parameters import initialize_by_name
+from megatron_pipeweaver.plugin.schedule import IterationReport
+from megatron_pipeweaver.runtime.stage import split_backwards
 from tests.distributed.harness import RankContext, run_on_ranks
 from tests.distributed.training import (
     Case,
@@ -33,11 +35,13 @@ FOUR_RANKS = [
     Case(
         spec=vision_language(vision_layers=9, language_layers=4),
         layout=cut(4, vision=(1, 1, 1, 1, 1, 1, 1, 2), language=(1, 1, 1, 1)),
+        split=True,
     ),
     Case(
         spec=vision_language(tied=True, vision_layers=4, language_layers=13),
         layout=cut(4, vision=(1, 1, 1, 1), language=(2, *[1] * 11)),
         images_per_pass=1,
+        split=True,
     ),
     Case(
         spec=vision_language(vision_layers=12, language_layers=8),
@@ -59,6 +63,7 @@ TWO_BY_TWO = [
         layout=cut(2, vision=[1] * 6, language=[2, 1, 2, 1]),
         overlap_grad_reduce=True,
         images_per_pass=3,
+        split=True,
     ),
 ]
 
@@ -97,16 +102,23 @@ def train_and_compare(
     ctx: RankContext, cases: list[Case], pipeline_size: int, batches: int
 ) -> list[int]:
     compared = []
+    split: list[bool] = []
+
+    def note_split(report: IterationReport) -> None:
+        split.append(bool(split_backwards(report.received.plan.plan)))
+
     for index, case in enumerate(cases):
+        split.clear()
         with megatron_ranks(pipeline_size, case.layout.virtual_size) as groups:
             ctx.note(f"case {index}: build")
             trainer, oracle = Trainer(case, groups), OneProcess(case, groups)
-            with installed(schedule_for(case, seed=index)):
+            with installed(schedule_for(case, seed=index, on_iteration=note_split)):
                 rng = random.Random(100 * pipeline_size + index)
                 for number in range(batches):
                     ctx.note(f"case {index}, batch {number}")
                     replicas = ctx.size // pipeline_size
                     compared.append(compare(rng, case, trainer, oracle, replicas))
+        assert any(split) == case.split
     return compared
 
 

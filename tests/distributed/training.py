@@ -54,6 +54,7 @@ class Case:
     images_per_pass: int = 2
     options: ModelOptions = OPTIONS
     deterministic: bool = True
+    split: bool = False
     overlap_grad_reduce: bool = False
     per_token_loss: bool = False
     describe: DescribeMicrobatch = field(default_factory=lambda: describe)
@@ -147,7 +148,7 @@ def schedule_for(case: Case, seed: int, **settings: Any) -> PipeWeaverSchedule:
             max_rounds=20,
             seed=seed,
             deterministic=case.deterministic,
-            split_weight_grad=False,
+            split_weight_grad=case.split,
         ),
     )
     settings.setdefault("wait_timeout", timedelta(seconds=20))

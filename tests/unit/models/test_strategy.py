@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -6,79 +7,78 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from megatron_pipeweaver.errors import ConfigError
-from megatron_pipeweaver.models.strategy import recomputed_layers
+from megatron_pipeweaver.ir.strategy import LayerStrategy
+from megatron_pipeweaver.runtime.activations import ActivationMeter
+from megatron_pipeweaver.runtime.offload import HostOffload
 from tests.unit.models.examples import OPTIONS, Model, batch, cut, vision_language
 
 LAYOUT = cut(2, vision=[2, 1], language=[1, 1, 3, 0])
 
 
-@pytest.mark.parametrize(
-    ("name", "layers", "expected"),
-    [
-        ("keep", 2, (False, False)),
-        ("recompute", 2, (True, True)),
-        ("recompute", 0, ()),
-        ("recompute*1+keep*2", 3, (True, False, False)),
-        ("keep*1+recompute*1+keep*1", 3, (False, True, False)),
-    ],
-)
-def test_strategy_names(name, layers, expected):
-    assert recomputed_layers(name, layers) == expected
+EVERY = [one.value for one in LayerStrategy if one is not LayerStrategy.KEEP]
 
 
-@pytest.mark.parametrize("name", ["offload", "recompute_norm*1+keep*3"])
-def test_what_layers_cannot_do_is_refused(name):
-    with pytest.raises(ConfigError, match="at run time; plan with"):
-        recomputed_layers(name, 4)
+def test_strategies_of_another_chunk_are_refused(groups):
+    chunk = Model(vision_language(), LAYOUT, groups).stages("vision")[0]
+    with pytest.raises(ConfigError, match="is of 3 layers and the chunk has 2"):
+        chunk.set_strategy("recompute*2+keep*1")
 
 
-@pytest.mark.parametrize("name", ["recompute*2+keep*6", "recompute_2_of_4"])
-def test_strategies_of_another_chunk_are_refused(name):
-    with pytest.raises(ConfigError, match="memory strategy"):
-        recomputed_layers(name, 4)
+def test_activations_of_other_mlps_are_refused(groups):
+    chunk = Model(vision_language(), LAYOUT, groups).stages("vision")[0]
+    chunk.layers[1].mlp = torch.nn.Identity()
+    chunk.set_strategy("recompute_light*1+recompute_norm*1")
+    with pytest.raises(ConfigError, match=r"layer 2: strategy 'recompute_light' .* a Ident"):
+        chunk.set_strategy("recompute_light")
 
 
-def names_of(strategy: str, layers: int) -> str:
-    if strategy != "half" or layers < 2:
-        return "keep" if strategy == "half" else strategy
-    return f"recompute*{layers // 2}+keep*{layers - layers // 2}"
+def test_offloading_wants_somewhere_to_offload_to(groups):
+    model = Model(vision_language(), LAYOUT, groups)
+    model.stages("vision")[0].set_strategy("offload")
+    with pytest.raises(ConfigError, match="layer 1: strategy 'offload' and nowhere to"):
+        model.loss(batch(1))
 
 
-def train(model: Model, strategy: str) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Loss, gradients, and the bytes that the forward saved, parameters apart."""
+def mixture(strategies: Sequence[str], layers: int) -> str:
+    """These strategies by turns."""
+    return "+".join(f"{strategies[i % len(strategies)]}*1" for i in range(layers)) or "keep"
+
+
+def train(model: Model, *strategies: str) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Loss, gradients, and the bytes that the forward has left for the backward."""
     model_parallel_cuda_manual_seed(11, force_reset_rng=True)
     torch.manual_seed(12)
-    parameters = {one.untyped_storage().data_ptr() for c in model.chunks for one in c.parameters()}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    meter = ActivationMeter(one for chunk in model.chunks for one in chunk.parameters())
     for chunk in model.chunks:
         chunk.zero_grad()
-        chunk.set_strategy(names_of(strategy, len(chunk.layers)))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        chunk.set_strategy(mixture(strategies, len(chunk.layers)), HostOffload())
+    with meter.recording():
         loss = model.loss(batch(3, samples=2), sub_microbatch=2)
     for chunk in model.chunks:
-        chunk.set_strategy("keep")  # what the forward ran under is baked into its graph
+        chunk.set_strategy("recompute_attention")  # what a forward ran under is in its graph
+        for layer in chunk.layers:
+            layer._choose(LayerStrategy.LIGHT)
+    held = meter.held_bytes
     loss.backward()
-    return loss.detach(), model.gradients(), sum(saved.values())
+    assert meter.held_bytes == 0
+    return loss.detach(), model.gradients(), held
 
 
-def test_recomputing_changes_memory_and_nothing_else(groups):
+def test_strategies_change_memory_and_nothing_else(groups):
     model = Model(vision_language(), LAYOUT, groups, replace(OPTIONS, dropout=0.2))
     loss, gradients, kept = train(model, "keep")
     sizes = {}
-    for strategy in ("half", "recompute"):
-        again_loss, again, sizes[strategy] = train(model, strategy)
+    mixtures = [("recompute", "keep"), ("offload", "recompute_light", "keep"), tuple(EVERY)]
+    for strategies in [*((one,) for one in EVERY), *mixtures]:
+        again_loss, again, sizes[strategies] = train(model, *strategies)
         assert torch.equal(again_loss, loss)
         assert set(again) == set(gradients)
         for name, gradient in gradients.items():
-            assert torch.equal(again[name], gradient), (strategy, name)
-    assert sizes["recompute"] < sizes["half"] < kept
+            assert torch.equal(again[name], gradient), (strategies, name)
+    assert max(sizes.values()) < kept
+    assert sizes["recompute",] < sizes["recompute", "keep"]
+    assert sizes["recompute_light",] < sizes["recompute_norm",]
+    assert sizes["offload",] < sizes["recompute",]
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation(groups):
@@ -98,11 +98,12 @@ def test_parameters_get_gradients_behind_an_input_that_has_none(groups):
     chunk = Model(vision_language(), LAYOUT, groups).stages("vision")[1]
     hidden = torch.randn(4, 2, 8, dtype=torch.float64)
     gradients = {}
-    for strategy in ("keep", "recompute"):
+    for strategy in ("keep", *EVERY):
         chunk.zero_grad()
-        chunk.set_strategy(strategy)
+        chunk.set_strategy(strategy, HostOffload())
         chunk.set_input_tensor(hidden)
         chunk({}).square().sum().backward()
         gradients[strategy] = {name: one.grad for name, one in chunk.named_parameters()}
-    for name, gradient in gradients["keep"].items():
-        assert torch.equal(gradients["recompute"][name], gradient), name
+    for strategy in EVERY:
+        for name, gradient in gradients["keep"].items():
+            assert torch.equal(gradients[strategy][name], gradient), (strategy, name)

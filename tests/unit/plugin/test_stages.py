@@ -1,6 +1,7 @@
 """Megatron's steps on real chunks of stand-in ranks, all in this process."""
 
 import random
+import weakref
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
@@ -10,12 +11,13 @@ import torch
 
 from megatron_pipeweaver.config import SearchConfig
 from megatron_pipeweaver.ir.batch import BatchMetadata
-from megatron_pipeweaver.ir.plan import ComputeAction, PassPayload, PlanPass
+from megatron_pipeweaver.ir.plan import ActionKind, ComputeAction, PassPayload, PlanPass
 from megatron_pipeweaver.ir.problem import OpKey, OpKind, PassKey, dependencies
 from megatron_pipeweaver.models.build import build_chunks
 from megatron_pipeweaver.models.parameters import global_parameters
 from megatron_pipeweaver.planner.planner import Planner
 from megatron_pipeweaver.plugin.stages import MegatronStages, StepContext, sum_in_order
+from megatron_pipeweaver.runtime.stage import split_backwards
 from tests.distributed.training import (
     Case,
     OneProcess,
@@ -101,7 +103,7 @@ def _places(microbatches, wanted):
     return (index for index, one in enumerate(microbatches) if one is wanted)
 
 
-def plan_for(case, microbatches, *, seed=0, forward_only=False):
+def plan_for(case, microbatches, *, seed=0, forward_only=False, split=False):
     planner = Planner(
         model=case.spec,
         layout=case.layout,
@@ -114,7 +116,7 @@ def plan_for(case, microbatches, *, seed=0, forward_only=False):
             max_rounds=5,
             seed=seed,
             deterministic=True,
-            split_weight_grad=False,
+            split_weight_grad=split,
         ),
     )
     metadata = BatchMetadata(microbatches=tuple(map(describe, microbatches)))
@@ -137,6 +139,10 @@ def run_all(plan, stages):
                     given = tuple(outputs[source] for source in waits)
                     outputs[op] = stages[rank].forward(one, op, action.strategy, given)
                     assert not outputs[op].requires_grad
+                    continue
+                if op.kind is W:
+                    stages[rank].weight_grad(one, op)
+                    outputs[op] = None
                     continue
                 given = tuple(grads.pop((source, op)) for source in waits)
                 found = stages[rank].backward(one, op, action.strategy, given)
@@ -171,10 +177,10 @@ def text_op(kind, microbatch):
     return OpKey(kind, microbatch, "language", 0, 0)
 
 
-def text_ranks(groups, count=3, case=TEXT, **settings):
+def text_ranks(groups, count=3, case=TEXT, split=(), **settings):
     """One rank that holds a whole language model."""
     microbatches = [batch(0, samples=1, seed=seed) for seed in range(count)]
-    plan = SimpleNamespace(passes=tuple(map(text_pass, range(count))))
+    plan = SimpleNamespace(passes=tuple(map(text_pass, range(count))), ranks=split)
     return Ranks(case, groups, microbatches, plan, **settings), microbatches
 
 
@@ -185,11 +191,13 @@ def forward_text(ranks, microbatch):
 # --- whole iterations ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_all_ranks_together_equal_one_process_bit_by_bit(groups, name):
+def test_all_ranks_together_equal_one_process_bit_by_bit(groups, name, split):
     case = CASES[name]
     microbatches = [*random_batch(random.Random(len(name))), batch(3, seed=1), batch(0, seed=2)]
-    plan = plan_for(case, microbatches)
+    plans = (plan_for(case, microbatches, seed=seed, split=split) for seed in range(20))
+    plan = next(plan for plan in plans if bool(split_backwards(plan)) == split)
     ranks = Ranks(case, groups, microbatches, plan)
     run_all(plan, ranks.stages)
     divisor = 1 if case.per_token_loss else len(microbatches)
@@ -205,6 +213,7 @@ def test_all_ranks_together_equal_one_process_bit_by_bit(groups, name):
     assert all(torch.equal(ours[key], grads[key]) for key in grads)
     assert any(grad.any() for grad in grads.values())
     assert all(not stages._alive for stages in ranks.stages), "every forward met its backward"
+    assert all(not stages._left_out for stages in ranks.stages), "every B its W"
     tokens = sum(int(one["loss_mask"].sum()) for one in microbatches)
     counted = [int(stages.num_tokens) for stages in ranks.stages]
     assert counted == [0] * (len(counted) - 1) + [tokens if case.per_token_loss else 0]
@@ -305,7 +314,7 @@ def backbone_entry(groups, frozen=(False, False), deallocate=True):
 
     language = one(PassKey(0, "language", 0), tuple(keys), False)
     producers = [one(key, (), flag) for key, flag in zip(keys, frozen, strict=True)]
-    plan = SimpleNamespace(passes=(*producers, language))
+    plan = SimpleNamespace(passes=(*producers, language), ranks=())
     ranks = Ranks(IMAGES, groups, [batch(2, seed=1)], plan, deallocate=deallocate)
     stages = ranks.stages[0]
     op = OpKey(F, 0, "language", 0, 0)
@@ -352,7 +361,7 @@ def test_inputs_are_not_tied_to_the_senders_graph(groups):
 @pytest.mark.parametrize("deallocate", [True, False])
 def test_an_output_that_was_handed_on_is_let_go_of(groups, deallocate):
     _, stages, _, op, _, output = backbone_entry(groups, deallocate=deallocate)
-    _, graph_end = stages._alive[op.owner, op.stage]
+    graph_end = stages._alive[op.owner, op.stage].output
     assert output.shape == (15, 1, 12)
     assert not output.requires_grad
     assert graph_end.numel() == (1 if deallocate else output.numel())
@@ -362,7 +371,7 @@ def test_an_output_that_was_handed_on_is_let_go_of(groups, deallocate):
 def test_the_loss_is_kept(groups):
     ranks, _ = text_ranks(groups)
     loss = forward_text(ranks, 0)
-    _, graph_end = ranks.stages[0]._alive[PassKey(0, "language", 0), 0]
+    graph_end = ranks.stages[0]._alive[PassKey(0, "language", 0), 0].output
     assert torch.equal(loss, graph_end)
     reported = ranks.stages[0].losses()[0]["lm loss"]
     assert torch.equal(loss, reported / 3)
@@ -370,10 +379,49 @@ def test_the_loss_is_kept(groups):
     assert all(grad.any() for grad in ranks.gradients().values())
 
 
-def test_split_weight_gradients_are_refused_by_the_ops_name(groups):
-    ranks, _ = text_ranks(groups)
-    with pytest.raises(NotImplementedError, match="plan without them"):
-        ranks.stages[0].weight_grad(text_pass(0), text_op(W, 0))
+def split_text(groups, strategy="keep"):
+    """A text microbatch behind its split backward, and the names that have gradients by then."""
+    action = ComputeAction(
+        kind=ActionKind.WG_STAGE, op=text_op(W, 0), strategy=strategy, memory_bytes=0
+    )
+    ranks, _ = text_ranks(groups, split=((action,),))
+    ranks.stages[0].forward(text_pass(0), text_op(F, 0), strategy, ())
+    ranks.stages[0].backward(text_pass(0), text_op(B, 0), strategy, ())
+    return ranks, {name for name, grad in ranks.gradients().items() if grad.any()}
+
+
+def test_a_split_backward_leaves_the_linears_weights_to_w(groups):
+    ranks, early = split_text(groups)
+    linears = {
+        name
+        for name in ranks.gradients()
+        if ("linear_" in name and name.endswith("weight")) or "output_layer" in name
+    }
+    assert len(linears) == 2 * 4 + 1
+    assert early == set(ranks.gradients()) - linears
+    ranks.stages[0].weight_grad(text_pass(0), text_op(W, 0))
+    unsplit, _ = text_ranks(groups)
+    forward_text(unsplit, 0)
+    unsplit.stages[0].backward(text_pass(0), text_op(B, 0), "keep", ())
+    whole = unsplit.gradients()
+    assert all(torch.equal(grad, whole[name]) for name, grad in ranks.gradients().items())
+
+
+def test_recomputed_layers_hold_nothing_for_w(groups):
+    ranks, early = split_text(groups, "recompute")
+    assert set(ranks.gradients()) - early == {"language_model.output_layer.weight"}
+    ranks.stages[0].weight_grad(text_pass(0), text_op(W, 0))
+    assert all(grad.any() for grad in ranks.gradients().values())
+
+
+def test_what_is_left_out_is_let_go_of_by_w(groups):
+    ranks, _ = split_text(groups)
+    (left_out,) = ranks.stages[0]._left_out.values()
+    held = [weakref.ref(one) for one in left_out.tensors()]
+    assert len(held) == 2 * (2 * 4 + 1)
+    ranks.stages[0].weight_grad(text_pass(0), text_op(W, 0))
+    del left_out
+    assert not any(one() is not None for one in held)
 
 
 def test_gradients_are_added_from_left_to_right():
