@@ -10,6 +10,8 @@ made again. What makes it stays Megatron's own code, fused or not.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,8 @@ from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
+AtOnce = Callable[[], AbstractContextManager[None]]
+
 
 class DroppedNorm:
     """A norm and the linear behind it; while `on`, the tensor between them is dropped.
@@ -25,11 +29,14 @@ class DroppedNorm:
     Args:
         norm: a norm that hands on one tensor.
         linear: the only module that reads it; returns its output and its bias.
+        at_once: inside, a linear's backward computes its weight gradient itself, for what was
+            dropped must not be held again until that gradient has an op of its own.
     """
 
-    def __init__(self, norm: torch.nn.Module, linear: torch.nn.Module) -> None:
+    def __init__(self, norm: torch.nn.Module, linear: torch.nn.Module, at_once: AtOnce) -> None:
         self._norm = norm
         self._linear = linear
+        self._at_once = at_once
         self._again: Any = None
 
     def turn(self, on: bool) -> None:
@@ -47,7 +54,9 @@ class DroppedNorm:
         return normed_SBH
 
     def _use(self, normed_SBH: Tensor) -> tuple[Tensor, Tensor | None]:
-        output: tuple[Tensor, Tensor | None] = type(self._linear).forward(self._linear, normed_SBH)
+        output: tuple[Tensor, Tensor | None]
+        with self._at_once():
+            output = type(self._linear).forward(self._linear, normed_SBH)
         self._again.discard_output_and_register_recompute(output[0])
         self._again = None
         return output
@@ -57,10 +66,15 @@ class DroppedActivation:
     """The activation of Megatron's `MLP`; while on, what it makes is dropped.
 
     The first linear's output is kept for it.
+
+    Args:
+        mlp: the MLP.
+        at_once: as in `DroppedNorm`, for its second linear.
     """
 
-    def __init__(self, mlp: Any) -> None:
+    def __init__(self, mlp: Any, at_once: AtOnce) -> None:
         self._mlp = mlp
+        self._at_once = at_once
 
     def turn(self, on: bool) -> None:
         """Drop, or keep, in the forwards that come."""
@@ -86,7 +100,9 @@ class DroppedActivation:
             return activated
 
         again = _checkpoint()
-        output: tuple[Tensor, Tensor | None] = mlp.linear_fc2(again.checkpoint(activate, middle))
+        output: tuple[Tensor, Tensor | None]
+        with self._at_once():
+            output = mlp.linear_fc2(again.checkpoint(activate, middle))
         again.discard_output_and_register_recompute(output[0])
         return output
 

@@ -82,10 +82,11 @@ class StrategyLayer(TransformerLayer):  # type: ignore[misc]
         for norm, behind, linear in norms:
             # Transformer Engine's norms are parts of the linears behind them.
             if not isinstance(norm, IdentityOp):
-                DroppedNorm(norm, getattr(behind, linear)).turn(strategy in _DROP_NORMS)
-        DroppedActivation(self.mlp).turn(strategy is LayerStrategy.LIGHT)
+                dropped = DroppedNorm(norm, getattr(behind, linear), self.at_once)
+                dropped.turn(strategy in _DROP_NORMS)
+        DroppedActivation(self.mlp, self.at_once).turn(strategy is LayerStrategy.LIGHT)
 
-    def weight_gradients_at_once(self) -> AbstractContextManager[None]:
+    def at_once(self) -> AbstractContextManager[None]:
         """Forwards inside have their backwards compute weight gradients themselves."""
         gradients = self.weight_gradients
         return nullcontext() if gradients is None else gradients.at_once()
@@ -108,7 +109,7 @@ def _run_again(
 
     def at_once(hidden_SBH: Tensor, context: Tensor | None) -> _Result:
         # What was dropped must not be held again until a weight gradient of its own.
-        with layer.weight_gradients_at_once():
+        with layer.at_once():
             return run(hidden_SBH, context)
 
     output: _Result = tensor_parallel.checkpoint(at_once, False, hidden_SBH, context)
@@ -124,7 +125,7 @@ def _run_offloaded(
             f"layer {layer.layer_number}: strategy {LayerStrategy.OFFLOAD.value!r} and nowhere to "
             "offload to; set the chunk's strategy with a saver"
         )
-    with layer.weight_gradients_at_once(), layer.saver.saving(layer.parameters()):
+    with layer.at_once(), layer.saver.saving(layer.parameters()):
         return run(hidden_SBH, context)
 
 

@@ -8,9 +8,9 @@ the first in ``B`` and leave the second, with the same operands in the same orde
     W: grad_weight = grad_output.T @ input      ──► the parameter's own accumulation, hooks included
 
 Left to ``B`` is what costs little (norms, biases, embeddings) and what would hold memory that the
-strategy has promised to free: the linears of layers that are recomputed or offloaded. So is a
-weight that the chunk uses twice (tied embeddings on one rank), whose gradients autograd adds up
-before it accumulates them.
+strategy has promised to free: linears whose operands were dropped or offloaded, and projectors,
+whose output gradients are larger than what they save. So is a weight that the chunk uses twice
+(tied embeddings on one rank), whose gradients autograd adds up before it accumulates them.
 
 With sequence parallelism the linear keeps its share of the input alone, as Megatron's does, and
 gathers it once more in ``W``; all tensor-parallel ranks run one plan, so they gather together.
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.utils import prepare_input_tensors_for_wgrad_compute
@@ -97,16 +98,18 @@ class WeightGradients:
     """Where the linears of a chunk leave their weight gradients at the moment.
 
     Args:
-        model: the chunk; every linear in it that owns its weight can leave its gradient out.
+        model: the chunk; its linears that own their weights can leave out their gradients.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._target: LeftOut | None = None
         modules: list[Any] = list(model.modules())
+        projectors = [one for one in modules if isinstance(one, MultimodalProjector)]
+        at_once = {id(part) for one in projectors for part in one.modules()}
         for module in modules:
             # The instances are the chunk's own; Megatron's classes stay as they are.
             linear = isinstance(module, ColumnParallelLinear | RowParallelLinear)
-            if linear and module.weight is not None:
+            if linear and module.weight is not None and id(module) not in at_once:
                 module._forward_impl = _Linear(self, module._forward_impl)
         self._delayed = tuple(module for module in modules if _delays(module))
 

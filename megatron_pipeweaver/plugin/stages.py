@@ -21,6 +21,7 @@ from megatron_pipeweaver.ir.problem import OpKey, OpKind, PassKey
 from megatron_pipeweaver.models.chunk import ModelChunk
 from megatron_pipeweaver.models.weight_grad import LeftOut
 from megatron_pipeweaver.plugin import compat
+from megatron_pipeweaver.runtime.entry import Entry
 from megatron_pipeweaver.runtime.offload import HostOffload, copy_stream
 from megatron_pipeweaver.runtime.stage import split_backwards
 
@@ -49,7 +50,7 @@ def unwrap(model: torch.nn.Module) -> ModelChunk:
 class _Alive(NamedTuple):
     """What a stage pair holds from its forward to its backward."""
 
-    inputs: tuple[Tensor, ...]
+    entry: Entry
     output: Tensor
     left_out: LeftOut
     offload: HostOffload
@@ -88,8 +89,9 @@ class MegatronStages:
         chunk.set_pass(one)
         chunk.set_strategy(strategy, offload)
         trained = not (one.frozen or context.forward_only)
+        entry = self._entry(one, op, inputs)
         if trained:
-            inputs = self._as_leaves(one, op, inputs)
+            inputs = entry.begin(inputs)
         outcomes: list[Any] = []
         split = op.with_kind(OpKind.B) in self._split
         gradients = chunk.weight_gradients
@@ -115,7 +117,7 @@ class MegatronStages:
         # Megatron's layers add their biases with gradients enabled, even where they are disabled.
         graph_end, handed_on = output[0], output[0].detach()
         if trained:
-            self._alive[op.owner, op.stage] = _Alive(inputs, graph_end, left_out, offload)
+            self._alive[op.owner, op.stage] = _Alive(entry, graph_end, left_out, offload)
             compat.deallocate_output_tensor(
                 graph_end, context.config.deallocate_pipeline_outputs and not self._makes_loss(op)
             )
@@ -137,21 +139,20 @@ class MegatronStages:
             that is frozen.
         """
         del strategy  # it was baked into the graph by the forward
-        inputs, output, left_out, offload = self._alive.pop((op.owner, op.stage))
+        entry, output, left_out, offload = self._alive.pop((op.owner, op.stage))
         if not output_grads and not self._makes_loss(op):
             # Every consumer is frozen: nothing flows back, the parameters keep zero gradients.
-            return tuple(torch.zeros_like(one) for one in inputs)
+            return entry.zeros()
         output_grad = sum_in_order(output_grads)
-        tracked = [each for each in inputs if each.requires_grad]
         offload.prefetch()
         self._prefetch_behind(op)
-        compat.backward_step(tracked or [None], output, output_grad, self._context.config)
+        compat.backward_step([None], output, output_grad, self._context.config)
         offload.finish()
         if op in self._split:
             self._left_out[op.owner, op.stage] = left_out
         else:
             left_out.finish()
-        return tuple(each.grad if each.requires_grad else None for each in inputs)
+        return entry.grads()
 
     def weight_grad(self, one: PlanPass, op: OpKey) -> None:
         """Compute and accumulate the weight gradients that the backward of `op` left out."""
@@ -171,15 +172,10 @@ class MegatronStages:
         if alive is not None:
             alive.offload.prefetch()
 
-    def _as_leaves(
-        self, one: PlanPass, op: OpKey, inputs: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
-        """`inputs` as leaves of this stage's graph; a frozen producer wants no gradient back."""
+    def _entry(self, one: PlanPass, op: OpKey, inputs: tuple[Tensor, ...]) -> Entry:
+        """Where the graph of `op` begins; a frozen producer wants no gradient back."""
         producers = one.after if op.stage == 0 else (op.owner,)
-        return tuple(
-            each.detach().requires_grad_(producer not in self._frozen)
-            for producer, each in zip(producers, inputs, strict=True)
-        )
+        return Entry(inputs, [producer not in self._frozen for producer in producers])
 
     def _makes_loss(self, op: OpKey) -> bool:
         layout = self._layout.modules[-1]

@@ -91,7 +91,11 @@ def token_embedding(module: ModuleSpec, load: Load, options: RunOptions) -> Subg
             weight_grad=Work(memory_bytes=moved + 2 * rows * width * options.gradient_bytes),
         )
     )
-    leave_tensor_parallel(sketch, "leave_embedding", output, rows * width)
+    output = leave_tensor_parallel(sketch, "leave_embedding", output, rows * width)
+    if options.dropout:
+        elements = sketch.elements(output)
+        mask = sketch.tensor("embedding.dropout_mask", elements, options.mask_bytes)
+        elementwise(sketch, "embedding_dropout", (output,), elements, makes=(mask,))
     return sketch.finish()
 
 

@@ -16,8 +16,8 @@ from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.options import Attention, RunOptions
 from megatron_pipeweaver.semu.reuse import DiskCache, Reuse, content_key, source_digest
 from megatron_pipeweaver.semu.stage_costs import GraphCost, StageCosts, StagePart
-from megatron_pipeweaver.semu.stages import Part, canonical_stage, splits_context, stage_parts
-from megatron_pipeweaver.semu.strategies import held_tensors, recomputed
+from megatron_pipeweaver.semu.stages import Part, canonical_stage, stage_parts
+from megatron_pipeweaver.semu.strategies import held_tensors, recomputed, weight_grads_apart
 from megatron_pipeweaver.semu.training import backward_graph, forward_graph
 from megatron_pipeweaver.semu.work import NO_WORK, OperatorClass, Phase, Queue, Subgraph, Work
 
@@ -179,16 +179,22 @@ class AnalyticCostModel:
         forward, backward = emulate(forward_nodes), emulate(backward_nodes)
         # A backward in one piece takes what its graph takes; a weight gradient that runs apart
         # takes its operators' time.
-        weight_grad_ns = sum(
-            latency(one, Phase.WEIGHT_GRAD) for one in graph.operators if one.queue is Queue.COMPUTE
-        )
+        apart = weight_grads_apart(strategy, graph)
+        weight_grad_ns = at_once_ns = 0
+        for one in graph.operators:
+            if one.queue is Queue.COMPUTE:
+                took_ns = latency(one, Phase.WEIGHT_GRAD)
+                weight_grad_ns += took_ns if one.name in apart else 0
+                at_once_ns += 0 if one.name in apart else took_ns
         weight_grad_ns = min(weight_grad_ns, backward.duration_ns)
+        at_once_ns = min(at_once_ns, backward.duration_ns - weight_grad_ns)
         held = sum(one.size_bytes for one in held_tensors(graph, again))
         to_host = held if strategy is LayerStrategy.OFFLOAD else 0
         return GraphCost(
             forward_ns=forward.duration_ns,
             backward_ns=backward.duration_ns - weight_grad_ns,
             weight_grad_ns=weight_grad_ns,
+            weight_at_once_ns=at_once_ns,
             held_bytes=held - to_host,
             host_bytes=to_host,
             copy_ns=self._copy_ns(to_host),
@@ -238,15 +244,11 @@ class AnalyticCostModel:
         strategies: tuple[LayerStrategy, ...] | None = None,
     ) -> StageCosts:
         candidates = self.strategies if strategies is None else strategies
-        shards = _sequence_shards(self.options)
-        if splits_context(module):
-            shards *= self.options.parallel.context
         size = self.options.element_bytes
         return StageCosts(
             parts=tuple(
                 self._stage_part(part, candidates) for part in stage_parts(module, stage, load)
             ),
-            input_bytes=load.tokens * module.hidden_size // shards * size,
             context_bytes=sum(load.context_lengths) * (module.layer.context_size or 0) * size,
             frozen=module.frozen,
         )
@@ -277,10 +279,6 @@ class AnalyticCostModel:
             + profile.layer_forward(again_ns, layers=int(whole)),
             weight_grad_ns=profile.layer_backward(cost.weight_grad_ns, layers=0),
         )
-
-
-def _sequence_shards(options: RunOptions) -> int:
-    return options.parallel.tensor if options.parallel.sequence_parallel else 1
 
 
 def _scale_out_queues(profile: DeviceProfile, options: RunOptions) -> frozenset[Queue]:

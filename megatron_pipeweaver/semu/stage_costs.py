@@ -18,17 +18,19 @@ from megatron_pipeweaver.ir.strategy import LayerStrategy, strategy_name
 class GraphCost:
     """One subgraph on one rank, under one strategy.
 
-    `backward_ns` holds input gradients and all that runs again, `weight_grad_ns` the weight
-    gradients; their sum is the backward in one piece. `held_bytes` stay from the forward to the
-    backward, on the device or, for `host_bytes`, in host memory, which takes `copy_ns` each way.
-    `exposed_forward_ns` and `exposed_backward_ns` are the parts of the forward and of the whole
-    backward in which compute waits for communication. The peaks are those of this subgraph alone,
-    what it holds included.
+    `backward_ns` holds input gradients, all that runs again, and `weight_at_once_ns` for weight
+    gradients that cannot run apart; `weight_grad_ns` is for those that can. The sum of
+    `backward_ns` and `weight_grad_ns` is the backward in one piece. `held_bytes` stay from the
+    forward to the backward, on the device or, for `host_bytes`, in host memory, which takes
+    `copy_ns` each way. `exposed_forward_ns` and `exposed_backward_ns` are the parts of the forward
+    and of the whole backward in which compute waits for communication. The peaks are those of this
+    subgraph alone, what it holds included.
     """
 
     forward_ns: int
     backward_ns: int
     weight_grad_ns: int
+    weight_at_once_ns: int = 0
     held_bytes: int
     host_bytes: int
     copy_ns: int
@@ -64,12 +66,11 @@ class StagePart:
 class StageCosts:
     """One stage pair on one rank: its parts in forward order.
 
-    A stage holds `context_bytes` for its cross-attention whatever its layers do, and its input, at
-    least `input_bytes`. A `frozen` module's weight gradients take no time.
+    A stage holds `context_bytes` for its cross-attention whatever its layers do. A `frozen`
+    module's weight gradients take no time.
     """
 
     parts: tuple[StagePart, ...]
-    input_bytes: int
     context_bytes: int
     frozen: bool
 
@@ -131,13 +132,14 @@ class StageCosts:
 
     def _assembled(self, name: str, chosen: Sequence[tuple[GraphCost, int]]) -> Strategy:
         weight_grad_ns = sum(copies * one.weight_grad_ns for one, copies in chosen)
+        at_once_ns = sum(copies * one.weight_at_once_ns for one, copies in chosen)
         held = sum(copies * one.held_bytes for one, copies in chosen)
         return Strategy(
             name=name,
             forward_ns=_forward_ns(chosen),
-            backward_ns=_backward_ns(chosen) - weight_grad_ns,
+            backward_ns=_backward_ns(chosen) - weight_grad_ns - self.frozen * at_once_ns,
             weight_grad_ns=0 if self.frozen else weight_grad_ns,
-            memory_bytes=max(held, self.input_bytes) + self.context_bytes,
+            memory_bytes=held + self.context_bytes,
         )
 
 

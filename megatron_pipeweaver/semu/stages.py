@@ -83,6 +83,9 @@ def stage_parts(module: ModuleSpec, stage: StageShape, load: Load) -> tuple[Part
         parts.append(Part(_EMBEDDINGS[module.kind], (module, load), 1, False, split))
         if module.time_tokens:
             parts.append(Part(condition_embedding, (module, load), 1, False, False))
+        if module.kind is ModuleKind.VISION:
+            # As in CLIP and in Megatron's LLaVA, a ViT's own norm stands in front of its layers.
+            parts.append(Part(final_norm, (module, layer_spec(module), load), 1, False, split))
     for spec, copies in layer_groups(module, stage.first_layer, stage.layers):
         parts.append(Part(transformer_layer, (spec, load), copies, True, split))
     taps = sum(
@@ -92,7 +95,8 @@ def stage_parts(module: ModuleSpec, stage: StageShape, load: Load) -> tuple[Part
     if taps:
         parts.append(Part(projector, (module, load), taps, False, split))
     if stage.is_last:
-        parts.append(Part(final_norm, (module, layer_spec(module), load), 1, False, split))
+        if module.kind is not ModuleKind.VISION:
+            parts.append(Part(final_norm, (module, layer_spec(module), load), 1, False, split))
         parts.extend(_output_parts(module, stage, load))
     return tuple(parts)
 

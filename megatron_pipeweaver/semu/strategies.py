@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from megatron_pipeweaver.ir.strategy import LayerStrategy
-from megatron_pipeweaver.semu.work import Subgraph, Tensor
+from megatron_pipeweaver.semu.work import OperatorClass, Queue, Subgraph, Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,27 @@ def recomputed(strategy: LayerStrategy, graph: Subgraph) -> Recomputed:
     # Steps of one operator are called ``name:step``.
     chosen = frozenset(name for name in names if name.partition(":")[0] in found.operators)
     return replace(found, operators=chosen)
+
+
+def weight_grads_apart(strategy: LayerStrategy, graph: Subgraph) -> frozenset[str]:
+    """The operators of `graph` whose weight gradients can be left to an op of their own.
+
+    Those of linears whose operands are on the device anyway: what was dropped or offloaded would
+    be held once more until then. A projector's would hold more than it does otherwise, and what is
+    no linear costs too little.
+    """
+    again = recomputed(strategy, graph)
+    if again.whole or strategy is LayerStrategy.OFFLOAD or graph.name == "projector":
+        return frozenset()
+    dropping = again.operators if again.drops_outputs else frozenset()
+    dropped = {name for one in graph.operators if one.name in dropping for name in one.outputs}
+    return frozenset(
+        one.name
+        for one in graph.operators
+        if one.kind is OperatorClass.MATMUL
+        and one.queue is Queue.COMPUTE
+        and dropped.isdisjoint(graph.bases.get(name, name) for name in one.saves)
+    )
 
 
 def held_tensors(graph: Subgraph, again: Recomputed) -> tuple[Tensor, ...]:

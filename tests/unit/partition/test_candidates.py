@@ -73,7 +73,6 @@ def _random_costs(seed: int, strategies: Sequence[LayerStrategy]) -> StageCosts:
     ]
     return StageCosts(
         parts=(other, *runs, other),
-        input_bytes=random_.choice([0, 40]),
         context_bytes=2,
         frozen=random_.random() < 0.2,
     )

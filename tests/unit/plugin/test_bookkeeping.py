@@ -45,7 +45,7 @@ def stages_of(cuts: ChunkLayout, model=()) -> MegatronStages:
         collect_non_loss_data=False,
         first_val_step=None,
     )
-    return MegatronStages(context, cuts, SimpleNamespace(passes=()))
+    return MegatronStages(context, cuts, SimpleNamespace(passes=(), ranks=()))
 
 
 @pytest.fixture(autouse=True)
