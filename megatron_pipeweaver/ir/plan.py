@@ -151,6 +151,24 @@ class Plan:
         )
 
 
+def peak_memory_bytes(plan: Plan) -> tuple[int, ...]:
+    """Per rank, the most activation bytes that `plan` holds at any time, in execution order."""
+    frozen = {one.key for one in plan.passes if one.frozen or plan.forward_only}
+    peaks = []
+    for rank in plan.ranks:
+        computes = [one for one in rank if isinstance(one, ComputeAction)]
+        split = {one.op.with_kind(OpKind.B) for one in computes if one.op.kind is OpKind.W}
+        held = peak = 0
+        for one in computes:
+            if one.op.kind is OpKind.F:
+                held += one.memory_bytes
+                peak = max(peak, held)
+            if one.op.owner in frozen or (one.op.kind is not OpKind.F and one.op not in split):
+                held -= one.memory_bytes
+        peaks.append(peak)
+    return tuple(peaks)
+
+
 class VerifiedPlan:
     """A plan that `compiler.verify.verify` has proven safe to run.
 

@@ -22,6 +22,7 @@ from megatron_pipeweaver.errors import ConfigError, PipeWeaverError, PlanInvalid
 from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.ir.codec import digest, problem_from_json, schedule_from_json, to_bytes
 from megatron_pipeweaver.ir.layout import ChunkLayout
+from megatron_pipeweaver.ir.plan import peak_memory_bytes
 from megatron_pipeweaver.ir.problem import PassKey
 from megatron_pipeweaver.ir.trace import Trace
 from megatron_pipeweaver.partition.workload import loads
@@ -33,6 +34,7 @@ from megatron_pipeweaver.planner.feedback import (
     Corrections,
     stage_times,
 )
+from megatron_pipeweaver.planner.headroom import MemoryPeak, usable_bytes
 from megatron_pipeweaver.planner.messages import (
     Answer,
     Failure,
@@ -121,7 +123,6 @@ class BackgroundSource:
         self._clock = clock
         self._counters = PlanCounters()
         self._static_costs = CorrectedCosts(settings.costs.make())
-        self._static = settings.make(self._static_costs)
         self._open: RecentCache[_Open] = RecentCache(_OPEN_REQUESTS)
         self._plans: RecentCache[PlanAnswer] = RecentCache(config.cached_plans)
         self._intervals_ns: deque[int] = deque(maxlen=_INTERVALS)
@@ -131,7 +132,7 @@ class BackgroundSource:
         self._silent_since_ns: int | None = None
         self._failures = 0
         self._number = 0
-        self._learn(())
+        self._learn((), ())
 
     @property
     def layout(self) -> ChunkLayout:
@@ -181,11 +182,28 @@ class BackgroundSource:
             self._count(planned=1, wait_ns=self._clock() - started_ns)
         return answer
 
-    def observe(self, batch: BatchMetadata, *, forward_only: bool, trace: Trace) -> None:
-        """Have the planner learn from how long the stages of `batch` took."""
+    @property
+    def usable_bytes(self) -> tuple[int, ...]:
+        """What plans use of each rank's memory, by what was measured so far."""
+        return usable_bytes(self._settings.memory_capacity_bytes, self._usable_permille)
+
+    def observe(
+        self,
+        batch: BatchMetadata,
+        *,
+        forward_only: bool,
+        trace: Trace,
+        peaks: Sequence[MemoryPeak] = (),
+    ) -> None:
+        """Have the planner learn how long the stages of `batch` took, and in how much memory."""
         if self._config.learn:
-            times = stage_times(trace)
-            self._send(pack(Measurement(batch=batch, forward_only=forward_only, times=times)))
+            measured = Measurement(
+                batch=batch,
+                forward_only=forward_only,
+                times=stage_times(trace),
+                peaks=tuple(peaks),
+            )
+            self._send(pack(measured))
 
     def close(self) -> None:
         """End the process."""
@@ -225,6 +243,8 @@ class BackgroundSource:
             self._fail(f"answered with what is no plan for the batch: {error}")
             raise _NoPlanError("its answer is no plan for the batch") from error
         self._plans.put(found.key, answer)
+        if self._exceeds(answer.received):
+            raise _NoPlanError("its plan is from before memory was measured, and needs too much")
         return answer
 
     def _await(self, request: _Open, until_ns: int) -> tuple[bytes, ...]:
@@ -268,6 +288,11 @@ class BackgroundSource:
         )
         if found != expected:
             raise PlanInvalidError("the planner's plan is for another batch or model; ask again")
+
+    def _exceeds(self, received: ReceivedPlan) -> bool:
+        """Whether a rank would hold more than its usable memory."""
+        peaks = peak_memory_bytes(received.plan.plan)
+        return any(peak > usable for peak, usable in zip(peaks, self.usable_bytes, strict=True))
 
     def _static_answer(self, batch: BatchMetadata, forward_only: bool) -> PlanAnswer:
         planned = self._static.static_plan(batch, forward_only=forward_only)
@@ -343,7 +368,7 @@ class BackgroundSource:
         if isinstance(message, Learnt):
             self._errors_permille.append(message.error_permille)
             _log.info("planner: stage times off by %.1f %%", message.error_permille / 10)
-            self._learn(message.rows)
+            self._learn(message.rows, message.usable_permille)
         elif isinstance(message, Answer | Failure):
             answered = message.number == self._number
             for one in self._open.values():
@@ -354,12 +379,16 @@ class BackgroundSource:
         if self._silent_since_ns is not None:
             self._silent_since_ns = None if answered else self._clock()
 
-    def _learn(self, rows: Sequence[CorrectionRow]) -> None:
-        """Plan, and know plans again, by these corrections."""
+    def _learn(self, rows: Sequence[CorrectionRow], usable_permille: tuple[int, ...]) -> None:
+        """Plan, and know plans again, by these corrections and in this share of the memory."""
         corrections = Corrections(rows)
         self._static_costs.corrections = corrections
+        self._usable_permille = usable_permille
+        self._static = self._settings.make(self._static_costs, usable_permille)
         self._settings_digest = digest(
-            settings_to_json(self._settings) + to_bytes(corrections.coarse())
+            settings_to_json(self._settings)
+            + to_bytes(corrections.coarse())
+            + to_bytes(list(usable_permille))
         )
 
     # --- life ------------------------------------------------------------------------------------
@@ -374,6 +403,7 @@ class BackgroundSource:
         launch = Launch(
             settings=self._settings,
             rows=self._static_costs.corrections.rows,
+            usable_permille=self._usable_permille,
             details=self._config.details,
             memory_limit_bytes=self._config.memory_limit_bytes,
         )

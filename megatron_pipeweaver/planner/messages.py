@@ -15,6 +15,7 @@ from megatron_pipeweaver.ir.codec import to_bytes
 from megatron_pipeweaver.ir.json_reader import parse_json
 from megatron_pipeweaver.planner.codec import from_json, to_json
 from megatron_pipeweaver.planner.feedback import CorrectionRow, StageTime
+from megatron_pipeweaver.planner.headroom import MemoryPeak
 from megatron_pipeweaver.planner.settings import PlannerSettings
 
 
@@ -22,12 +23,13 @@ from megatron_pipeweaver.planner.settings import PlannerSettings
 class Launch:
     """Everything a planner's process starts from.
 
-    `rows` are the corrections that an earlier process learnt; with `details`, answers carry the
-    problem and the schedule behind a plan; `memory_limit_bytes` bounds the process's memory.
+    `rows` and `usable_permille` are what an earlier process learnt; with `details`, answers carry
+    the problem and the schedule behind a plan; `memory_limit_bytes` bounds the process's memory.
     """
 
     settings: PlannerSettings
     rows: tuple[CorrectionRow, ...] = ()
+    usable_permille: tuple[int, ...] = ()
     details: bool = False
     memory_limit_bytes: int | None = None
 
@@ -44,11 +46,12 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """How long the stages of `batch` took."""
+    """How long the stages of `batch` took, and the memory peak of every rank where known."""
 
     batch: BatchMetadata
     forward_only: bool
     times: tuple[StageTime, ...]
+    peaks: tuple[MemoryPeak, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,14 +82,16 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learnt:
-    """What measured times have taught.
+    """What measured times and memory have taught.
 
     `error_permille` is the median error of the stage times that the last measured plan was made
-    with; `rows` are the corrections from now on.
+    with; `rows` are the corrections from now on, `usable_permille` what plans use of each rank's
+    memory.
     """
 
     error_permille: int
     rows: tuple[CorrectionRow, ...]
+    usable_permille: tuple[int, ...] = ()
 
 
 Message = Launch | PlanRequest | Measurement | Ready | Answer | Failure | Learnt

@@ -33,6 +33,7 @@ from megatron_pipeweaver.planner.feedback import (
     median_error_permille,
     samples_of,
 )
+from megatron_pipeweaver.planner.headroom import Headroom
 from megatron_pipeweaver.planner.messages import (
     Answer,
     Failure,
@@ -67,18 +68,23 @@ class PlanningDesk:
         settings: the planner's.
         details: answer with the problem and the schedule, too.
         corrections: what is known from before.
+        usable_permille: what plans may use of each rank's memory, as known from before.
     """
 
     settings: PlannerSettings
     details: bool = False
     corrections: Corrections = field(default_factory=Corrections)
+    usable_permille: tuple[int, ...] = ()
     _costs: CorrectedCosts = field(init=False)
     _feedback: Feedback = field(init=False)
     _planned_with: RecentCache[tuple[Corrections, Mapping[str, int] | None]] = field(init=False)
+    _headroom: Headroom = field(init=False)
 
     def __post_init__(self) -> None:
         self._costs = CorrectedCosts(self.settings.costs.make())
         self._feedback = Feedback(self.corrections)
+        capacity_bytes = self.settings.memory_capacity_bytes
+        self._headroom = Headroom(capacity_bytes, self.usable_permille)
         self._planned_with = RecentCache(_PLANS_TO_MEASURE)
 
     def answer(self, message: Message) -> bytes:
@@ -96,7 +102,7 @@ class PlanningDesk:
     def _plan(self, request: PlanRequest) -> bytes:
         self._costs.corrections = self.corrections
         try:
-            planned = self.settings.make(self._costs).plan(
+            planned = self.settings.make(self._costs, self.usable_permille).plan(
                 request.batch, forward_only=request.forward_only, budget_ns=request.budget_ns
             )
         except MemoryError:
@@ -132,7 +138,15 @@ class PlanningDesk:
         error = median_error_permille(samples, corrections)
         self._feedback.add(samples)
         self.corrections = self._feedback.corrections()
-        return pack(Learnt(error_permille=error, rows=self.corrections.rows))
+        self._headroom.add(measured.peaks)
+        self.usable_permille = self._headroom.usable_permille()
+        return pack(
+            Learnt(
+                error_permille=error,
+                rows=self.corrections.rows,
+                usable_permille=self.usable_permille,
+            )
+        )
 
 
 def main(arguments: list[str]) -> int:
@@ -165,6 +179,7 @@ def serve(reader: Channel, writer: Channel) -> NoReturn:
     desk = PlanningDesk(
         settings=launch.settings.with_threads(usable_cores() // 2),
         details=launch.details,
+        usable_permille=launch.usable_permille,
         corrections=Corrections(launch.rows),
     )
     inbox: Inbox = queue.SimpleQueue()

@@ -14,6 +14,7 @@ from megatron_pipeweaver.ir.lmm import ModelSpec
 from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.partition.candidates import DEFAULT_CANDIDATES, PerLayerCosts
 from megatron_pipeweaver.planner.codec import from_json, to_json
+from megatron_pipeweaver.planner.headroom import usable_bytes
 from megatron_pipeweaver.planner.planner import Planner
 from megatron_pipeweaver.semu.devices import DeviceProfile
 from megatron_pipeweaver.semu.interface import CostModel
@@ -55,14 +56,16 @@ class PlannerSettings:
     search: SearchConfig
     splits_percent: tuple[int, ...] = (100,)
 
-    def make(self, costs: CostModel | None = None) -> Planner:
-        """The planner, by `costs` where given."""
+    def make(
+        self, costs: CostModel | None = None, usable_permille: tuple[int, ...] = ()
+    ) -> Planner:
+        """The planner, by `costs` where given, in the usable share of each rank's memory."""
         return Planner(
             model=self.model,
             layout=self.layout,
             costs=self.costs.make() if costs is None else costs,
             sub_microbatch=self.sub_microbatch,
-            memory_capacity_bytes=self.memory_capacity_bytes,
+            memory_capacity_bytes=usable_bytes(self.memory_capacity_bytes, usable_permille),
             dtypes=self.dtypes,
             search=self.search,
             parallel=self.costs.options.parallel,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.trace import Trace
+from megatron_pipeweaver.planner.headroom import MemoryPeak
 from megatron_pipeweaver.planner.planner import PlannedIteration, Planner, batch_digest
 from megatron_pipeweaver.planner.wire import ReceivedPlan, encode
 
@@ -97,8 +98,18 @@ class PlanSource(Protocol):
         """
         ...
 
-    def observe(self, batch: BatchMetadata, *, forward_only: bool, trace: Trace) -> None:
-        """Tell how long the stages of `batch` really took; raises nothing."""
+    def observe(
+        self,
+        batch: BatchMetadata,
+        *,
+        forward_only: bool,
+        trace: Trace,
+        peaks: Sequence[MemoryPeak] = (),
+    ) -> None:
+        """Tell how long the stages of `batch` really took; raises nothing.
+
+        `peaks` are the ranks' memory peaks, where they were measured.
+        """
         ...
 
     def close(self) -> None:
@@ -139,7 +150,14 @@ class InProcessSource:
             data=encode(planned, batch_digest(batch)), received=None, planned=lambda: planned
         )
 
-    def observe(self, batch: BatchMetadata, *, forward_only: bool, trace: Trace) -> None:
+    def observe(
+        self,
+        batch: BatchMetadata,
+        *,
+        forward_only: bool,
+        trace: Trace,
+        peaks: Sequence[MemoryPeak] = (),
+    ) -> None:
         """Does nothing: the plans follow the cost model as it was given."""
 
     def close(self) -> None:

@@ -16,8 +16,9 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from megatron_pipeweaver.errors import PipeWeaverError, UnsupportedMegatronError
 from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.ir.layout import ChunkLayout
-from megatron_pipeweaver.ir.plan import VerifiedPlan
+from megatron_pipeweaver.ir.plan import Plan, VerifiedPlan, peak_memory_bytes
 from megatron_pipeweaver.ir.trace import Trace
+from megatron_pipeweaver.planner.headroom import MemoryPeak
 from megatron_pipeweaver.planner.planner import PlannedIteration, Planner, batch_digest
 from megatron_pipeweaver.planner.source import InProcessSource, PlanAnswer, PlanSource
 from megatron_pipeweaver.planner.wire import ReceivedPlan, decode, encode_failure
@@ -31,7 +32,8 @@ from megatron_pipeweaver.plugin.data import (
 )
 from megatron_pipeweaver.plugin.gathers import gathered_parameters
 from megatron_pipeweaver.plugin.stages import MegatronStages, StepContext
-from megatron_pipeweaver.runtime.agreement import agree, broadcast_bytes
+from megatron_pipeweaver.runtime.activations import AllocatorGauge, MemoryGauge, TensorGauge
+from megatron_pipeweaver.runtime.agreement import agree, broadcast_bytes, gather_bytes
 from megatron_pipeweaver.runtime.executor import Executor
 from megatron_pipeweaver.runtime.recorder import Recorder
 from megatron_pipeweaver.runtime.watchdog import WatchConfig
@@ -52,8 +54,8 @@ class IterationReport:
     """What is known of an iteration when it has run.
 
     `planned` is there on the planning rank only; `batch` on ranks that load data. `measured_ns`
-    is this rank's wall-clock time from the first to the last action, `trace` the whole pipeline's
-    where traces are gathered.
+    is this rank's wall-clock time from the first to the last action, `trace` and memory `peaks`
+    the whole pipeline's where they are gathered.
     """
 
     iteration: int
@@ -63,6 +65,7 @@ class IterationReport:
     batch: BatchMetadata | None
     measured_ns: int
     trace: Trace | None
+    peaks: tuple[MemoryPeak, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +84,9 @@ class PipeWeaverSchedule:
         source: makes the plans, on one rank of each replica; of a bare planner, in this process.
         describe: reads a microbatch's metadata.
         gather_traces: collect every iteration's trace from all ranks of the pipeline; plans can
-            learn from measured times only where this is on.
+            learn from measured times and memory only where this is on.
+        account_tensors: measure memory tensor by tensor where there is no CUDA allocator to ask,
+            at a cost per saved tensor.
         on_iteration: told of every iteration when it has run, on every rank.
         wait_timeout: how long a wait for another rank may last before it ends with an error.
         watch: when to tell where all ranks stand.
@@ -93,6 +98,7 @@ class PipeWeaverSchedule:
         describe: DescribeMicrobatch,
         *,
         gather_traces: bool = False,
+        account_tensors: bool = False,
         on_iteration: Callable[[IterationReport], None] | None = None,
         wait_timeout: timedelta = timedelta(minutes=10),
         watch: WatchConfig | None = None,
@@ -101,6 +107,7 @@ class PipeWeaverSchedule:
         self._look_ahead = LookAhead()
         self._describe = describe
         self._gather_traces = gather_traces
+        self._account_tensors = account_tensors
         self._on_iteration = on_iteration
         self._wait_timeout = wait_timeout
         self._watch = watch or WatchConfig()
@@ -165,14 +172,16 @@ class PipeWeaverSchedule:
                 collect_non_loss_data=collect_non_loss_data,
                 first_val_step=first_val_step,
             )
-            stages = MegatronStages(context, self.layout, received.plan.plan)
+            gauge = self._gauge(chunks)
+            stages = MegatronStages(context, self.layout, received.plan.plan, gauge)
             start_ns = time.perf_counter_ns()
             with gathered_parameters(chunks), _no_gradient_sync(config):
                 recorder = self._execute(received.plan, stages, self._communicators)
             measured_ns = time.perf_counter_ns() - start_ns
             if not forward_only:
                 finish_gradients(chunks, config, stages.num_tokens, groups, force_all_reduce)
-        self._report(received, answer, load.batch, forward_only, measured_ns, recorder)
+        peaks = self._peaks(received.plan.plan, gauge)
+        self._report(received, answer, load.batch, forward_only, measured_ns, recorder, peaks)
         return stages.losses()
 
     def _execute(
@@ -257,6 +266,26 @@ class PipeWeaverSchedule:
         if batch is not None:
             self._source.request(batch, forward_only=forward_only)
 
+    def _gauge(self, chunks: Sequence[torch.nn.Module]) -> MemoryGauge | None:
+        """What measures this rank's memory in the iteration that begins, if anything does."""
+        if not self._gather_traces:
+            return None
+        if torch.cuda.is_available():
+            return AllocatorGauge()
+        if not self._account_tensors:
+            return None
+        return TensorGauge(one for chunk in chunks for one in chunk.parameters())
+
+    def _peaks(self, plan: Plan, gauge: MemoryGauge | None) -> tuple[MemoryPeak, ...]:
+        """Every pipeline rank's peak, planned and measured; none where nothing measures."""
+        if gauge is None or self._communicators is None:
+            return ()
+        measured = gather_bytes(str(gauge.peak_bytes).encode(), self._communicators.pipeline)
+        return tuple(
+            MemoryPeak(planned_bytes=planned, measured_bytes=int(one))
+            for planned, one in zip(peak_memory_bytes(plan), measured, strict=True)
+        )
+
     def _report(
         self,
         received: ReceivedPlan,
@@ -265,12 +294,13 @@ class PipeWeaverSchedule:
         forward_only: bool,
         measured_ns: int,
         recorder: Recorder,
+        peaks: tuple[MemoryPeak, ...],
     ) -> None:
         trace = None
         if self._gather_traces and self._communicators is not None:
             trace = recorder.gather_trace(self._communicators.pipeline)
         if trace is not None and batch is not None and answer is not None:
-            self._source.observe(batch, forward_only=forward_only, trace=trace)
+            self._source.observe(batch, forward_only=forward_only, trace=trace, peaks=peaks)
         if self._on_iteration is not None:
             self._on_iteration(
                 IterationReport(
@@ -281,6 +311,7 @@ class PipeWeaverSchedule:
                     batch=batch,
                     measured_ns=measured_ns,
                     trace=trace,
+                    peaks=peaks,
                 )
             )
         self._iteration += 1

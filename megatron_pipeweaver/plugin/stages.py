@@ -7,8 +7,8 @@ the loss, loss scaling, deallocating outputs) stays Megatron's own code.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +16,12 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_pipeweaver.ir.layout import ChunkLayout
-from megatron_pipeweaver.ir.plan import ComputeAction, Plan, PlanPass
+from megatron_pipeweaver.ir.plan import Plan, PlanPass
 from megatron_pipeweaver.ir.problem import OpKey, OpKind, PassKey
 from megatron_pipeweaver.models.chunk import ModelChunk
 from megatron_pipeweaver.models.weight_grad import LeftOut
 from megatron_pipeweaver.plugin import compat
+from megatron_pipeweaver.runtime.activations import MemoryGauge
 from megatron_pipeweaver.runtime.entry import Entry
 from megatron_pipeweaver.runtime.offload import HostOffload, copy_stream
 from megatron_pipeweaver.runtime.stage import split_backwards
@@ -59,7 +60,13 @@ class _Alive(NamedTuple):
 class MegatronStages:
     """The stages of one rank in one iteration; a `StageRunner` for the executor."""
 
-    def __init__(self, context: StepContext, layout: ChunkLayout, plan: Plan) -> None:
+    def __init__(
+        self,
+        context: StepContext,
+        layout: ChunkLayout,
+        plan: Plan,
+        gauge: MemoryGauge | None = None,
+    ) -> None:
         self._context = context
         self._layout = layout
         self._frozen = frozenset(one.key for one in plan.passes if one.frozen)
@@ -67,8 +74,8 @@ class MegatronStages:
         self._split = split_backwards(plan)
         self._alive: dict[tuple[PassKey, int], _Alive] = {}
         self._left_out: dict[tuple[PassKey, int], LeftOut] = {}
-        self._next_backward = _next_backwards(plan)
         self._copy_stream = copy_stream()
+        self._gauge = gauge
         self._outcomes: dict[int, list[Any]] = {}
         self._started: set[int] = set()
         self.num_tokens = torch.zeros([], dtype=torch.int, device=torch.cuda.current_device())
@@ -84,7 +91,6 @@ class MegatronStages:
         context = self._context
         virtual_stage = self._layout.virtual_stage(op.module, op.stage)
         chunk = self._chunks[virtual_stage]
-        self._prefetch_behind(op)
         offload = HostOffload(self._copy_stream)
         chunk.set_pass(one)
         chunk.set_strategy(strategy, offload)
@@ -95,7 +101,12 @@ class MegatronStages:
         outcomes: list[Any] = []
         split = op.with_kind(OpKind.B) in self._split
         gradients = chunk.weight_gradients
-        with torch.set_grad_enabled(trained), gradients.leaving_out(split) as left_out:
+        recording = nullcontext() if self._gauge is None else self._gauge.recording()
+        with (
+            torch.set_grad_enabled(trained),
+            gradients.leaving_out(split) as left_out,
+            recording,
+        ):
             output, num_tokens = compat.forward_step(
                 context.forward_step_func,
                 iter([context.microbatches[op.microbatch]]),
@@ -121,6 +132,7 @@ class MegatronStages:
             compat.deallocate_output_tensor(
                 graph_end, context.config.deallocate_pipeline_outputs and not self._makes_loss(op)
             )
+        self._note_memory()
         return handed_on
 
     def backward(
@@ -145,18 +157,17 @@ class MegatronStages:
             return entry.zeros()
         output_grad = sum_in_order(output_grads)
         offload.prefetch()
-        self._prefetch_behind(op)
         compat.backward_step([None], output, output_grad, self._context.config)
         offload.finish()
         if op in self._split:
             self._left_out[op.owner, op.stage] = left_out
         else:
             left_out.finish()
+        self._note_memory()
         return entry.grads()
 
     def weight_grad(self, one: PlanPass, op: OpKey) -> None:
         """Compute and accumulate the weight gradients that the backward of `op` left out."""
-        self._prefetch_behind(op)
         left_out = self._left_out.pop((op.owner, op.stage), None)
         if left_out is not None:  # else nothing has flowed back
             left_out.finish()
@@ -165,12 +176,14 @@ class MegatronStages:
         """What the loss function reported, by microbatch whatever the schedule was."""
         return [each for index in sorted(self._outcomes) for each in self._outcomes[index]]
 
-    def _prefetch_behind(self, op: OpKey) -> None:
-        """Begin to bring back what the backward that follows `op` on this rank starts with."""
-        backward = self._next_backward.get(op)
-        alive = None if backward is None else self._alive.get((backward.owner, backward.stage))
-        if alive is not None:
-            alive.offload.prefetch()
+    def _note_memory(self) -> None:
+        """Tell the gauge what this rank holds besides what autograd does."""
+        if self._gauge is None:
+            return
+        offloads = (one.offload for one in self._alive.values())
+        held = [tensor for one in self._left_out.values() for tensor in one.tensors()]
+        held += [tensor for one in offloads for tensor in one.back()]
+        self._gauge.note(held)
 
     def _entry(self, one: PlanPass, op: OpKey, inputs: tuple[Tensor, ...]) -> Entry:
         """Where the graph of `op` begins; a frozen producer wants no gradient back."""
@@ -188,14 +201,6 @@ class MegatronStages:
         if context.first_val_step is not None and context.forward_only:
             return first and context.first_val_step
         return first
-
-
-def _next_backwards(plan: Plan) -> dict[OpKey, OpKey]:
-    """The ops that a backward follows at once on their rank, and that backward."""
-    ops = (
-        [action.op for action in rank if isinstance(action, ComputeAction)] for rank in plan.ranks
-    )
-    return {op: behind for rank in ops for op, behind in pairwise(rank) if behind.kind is OpKind.B}
 
 
 def sum_in_order(grads: Sequence[Tensor]) -> Tensor | None:

@@ -1,4 +1,7 @@
-"""How many bytes autograd really holds for backwards to come, now and at most.
+"""How many bytes a rank really holds for backwards to come, now and at most.
+
+`TensorGauge` accounts tensors, on any device and with a cost per saved tensor; `AllocatorGauge`
+asks CUDA's allocator, at no cost, and sees the memory that ops work in as well.
 
 Saved tensors are counted by storage, once each however often they are saved; parameters are not
 activations and do not count. What a checkpointed region will recompute is not saved, and does not
@@ -8,8 +11,9 @@ count until its backward runs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Lock
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -69,6 +73,67 @@ class ActivationMeter:
 
     def _sum(self) -> int:
         return sum(one.untyped_storage().nbytes() for _, one in self._held.values())
+
+
+class MemoryGauge(Protocol):
+    """Measures the peak of one rank in one iteration."""
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Around every forward."""
+
+    def note(self, others: Iterable[Tensor] = ()) -> None:
+        """Behind every op; `others` are held besides what autograd holds."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes held so far."""
+
+
+class TensorGauge:
+    """What is held between ops, tensor by tensor: what autograd saved, and what it is told of.
+
+    Args:
+        ignored: tensors that are held anyway, as a rule the model's parameters.
+    """
+
+    def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
+        self._meter = ActivationMeter(ignored)
+        self._peak_bytes = 0
+
+    def recording(self) -> AbstractContextManager[None]:
+        """See `MemoryGauge`."""
+        return self._meter.recording()
+
+    def note(self, others: Iterable[Tensor] = ()) -> None:
+        """See `MemoryGauge`."""
+        storages = {_identity(one): one.untyped_storage().nbytes() for one in others}
+        held = self._meter.held_bytes + sum(storages.values())
+        self._peak_bytes = max(self._peak_bytes, held)
+
+    @property
+    def peak_bytes(self) -> int:
+        """See `MemoryGauge`."""
+        return self._peak_bytes
+
+
+class AllocatorGauge:
+    """What CUDA's allocator gives out from now on, beyond what it had given out before."""
+
+    def __init__(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+        self._before_bytes = torch.cuda.memory_allocated()
+
+    def recording(self) -> AbstractContextManager[None]:
+        """See `MemoryGauge`; there is nothing to do."""
+        return nullcontext()
+
+    def note(self, others: Iterable[Tensor] = ()) -> None:
+        """See `MemoryGauge`; there is nothing to do."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """See `MemoryGauge`."""
+        return max(0, torch.cuda.max_memory_allocated() - self._before_bytes)
 
 
 class _Saved:

@@ -69,15 +69,12 @@ class HostOffload:
         """Bytes in host memory at this moment."""
         return sum(copy.host.nbytes for layer in self._layers for copy in layer.copies.values())
 
-    @property
-    def back_bytes(self) -> int:
-        """Bytes that are back on the device at this moment."""
-        return sum(
-            copy.back.nbytes
-            for layer in self._layers
-            for copy in layer.copies.values()
-            if copy.back is not None
-        )
+    def back(self) -> Iterator[Tensor]:
+        """What is back on the device at this moment."""
+        for layer in self._layers:
+            for copy in layer.copies.values():
+                if copy.back is not None:
+                    yield copy.back
 
     @contextmanager
     def saving(self, ignored: Iterable[Tensor]) -> Iterator[None]:

@@ -61,6 +61,7 @@ class Ranks:
         self.models = []
         self.calls = [[] for _ in range(case.layout.pipeline_size)]
         self.stages = []
+        self.gauges = []
         for rank, calls in enumerate(self.calls):
             chunks = build_chunks(
                 case.spec, case.layout, case.options, pg_collection=groups, rank=rank
@@ -79,7 +80,9 @@ class Ranks:
                 first_val_step=settings.get("first_val_step"),
             )
             self.models.append(chunks)
-            self.stages.append(MegatronStages(context, case.layout, plan))
+            gauge = settings["gauge"](chunks) if "gauge" in settings else None
+            self.gauges.append(gauge)
+            self.stages.append(MegatronStages(context, case.layout, plan, gauge))
         self._microbatches = microbatches
 
     def _step(self, calls, iterator, model):
