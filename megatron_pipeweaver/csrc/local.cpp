@@ -8,6 +8,7 @@ namespace pipeweaver {
 namespace {
 
 constexpr i32 kPriceRounds = 80;
+constexpr i64 kMeasureEvery = 8;  // accepted moves between measurements of slack and critical path
 
 }  // namespace
 
@@ -15,6 +16,8 @@ Retimer::Retimer(const Model& model)
     : m_(model),
       start_(3 * static_cast<std::size_t>(model.pairs)),
       end_(start_.size()),
+      way_(start_.size(), 0),
+      slack_(start_.size(), 0),
       seen_(start_.size(), 0),
       waiter_(start_.size(), -1),
       waiter_next_(model.ranks, -1),
@@ -51,6 +54,18 @@ Retimer::Retimer(const Model& model)
     wait(op_of(pair, kBackward), 0);
     wait_begin_.push_back(static_cast<i32>(wait_op_.size()));
   }
+  follow_begin_.assign(start_.size() + 1, 0);
+  for (const i32 op : wait_op_) ++follow_begin_[op + 1];
+  for (std::size_t i = 1; i < follow_begin_.size(); ++i) follow_begin_[i] += follow_begin_[i - 1];
+  follow_op_.resize(wait_op_.size());
+  follow_latency_.resize(wait_op_.size());
+  std::vector<i32> at = follow_begin_;
+  for (i32 op = 0; op < 3 * m_.pairs; ++op) {
+    for (i32 i = wait_begin_[op]; i < wait_begin_[op + 1]; ++i) {
+      follow_op_[at[wait_op_[i]]] = op;
+      follow_latency_[at[wait_op_[i]]++] = wait_latency_[i];
+    }
+  }
 }
 
 // Runs `rank` until an op has to wait for one whose time is not known yet, or all are done.
@@ -75,6 +90,10 @@ bool Retimer::advance(const Timetable& table, i32 rank, i64 from) {
         return false;
       }
     }
+    if (ready - table.start[op] > slack_[op] + grace_ && table.start[op] > settled_) {
+      late_ = true;
+      return false;
+    }
     start_[op] = ready;
     free = ready + m_.duration(op, table.level[pair_of(op)], table.split);
     end_[op] = free;
@@ -90,8 +109,21 @@ bool Retimer::advance(const Timetable& table, i32 rank, i64 from) {
   return true;
 }
 
-bool Retimer::run(const Timetable& table, i64 from) {
+bool Retimer::run(const Timetable& table, i64 from) { return run(table, from, kNever, 0); }
+
+void Retimer::forget_waiters(const Timetable& table) {
+  for (i32 r = 0; r < m_.ranks; ++r) {
+    if (next_[r] == table.order[r].size()) continue;
+    const i32 op = table.order[r][next_[r]];
+    for (i32 i = wait_begin_[op]; i < wait_begin_[op + 1]; ++i) waiter_[wait_op_[i]] = -1;
+  }
+}
+
+bool Retimer::run(const Timetable& table, i64 from, i64 settled, double grace) {
   ++run_;
+  late_ = false;
+  settled_ = settled;
+  grace_ = static_cast<i64>(grace);
   todo_.clear();
   for (i32 r = m_.ranks - 1; r >= 0; --r) {
     const std::vector<i32>& ops = table.order[r];
@@ -105,17 +137,13 @@ bool Retimer::run(const Timetable& table, i64 from) {
     todo_.push_back(r);
   }
   i32 done = 0;
-  while (!todo_.empty()) {
+  while (!todo_.empty() && !late_) {
     const i32 rank = todo_.back();
     todo_.pop_back();
     if (advance(table, rank, from)) ++done;
   }
   if (done < m_.ranks) {
-    for (i32 r = 0; r < m_.ranks; ++r) {
-      if (next_[r] == table.order[r].size()) continue;
-      const i32 op = table.order[r][next_[r]];
-      for (i32 i = wait_begin_[op]; i < wait_begin_[op + 1]; ++i) waiter_[wait_op_[i]] = -1;
-    }
+    forget_waiters(table);
     return false;
   }
   makespan_ = 0;
@@ -137,6 +165,55 @@ void Retimer::keep(Timetable& table) const {
     }
   }
   table.makespan = makespan_;
+}
+
+// Runs `rank` backwards until an op is followed by one whose way is not known yet.
+bool Retimer::retreat(const Timetable& table, i32 rank) {
+  const std::vector<i32>& ops = table.order[rank];
+  std::size_t left = next_[rank];
+  for (; left > 0; --left) {
+    const i32 op = ops[left - 1];
+    i64 way = free_[rank];
+    for (i32 i = follow_begin_[op]; i < follow_begin_[op + 1]; ++i) {
+      const i32 other = follow_op_[i];
+      if (kind_of(other) == kWeight && !table.split) continue;
+      if (kind_of(other) == kBackward && m_.frozen(m_.pair_pass[pair_of(other)])) continue;
+      if (seen_[other] != run_) {
+        waiter_next_[rank] = waiter_[other];
+        waiter_[other] = rank;
+        next_[rank] = left;
+        return false;
+      }
+      way = std::max(way, way_[other] + follow_latency_[i]);
+    }
+    way_[op] = free_[rank] = way + table.end[op] - table.start[op];
+    seen_[op] = run_;
+    while (waiter_[op] >= 0) {
+      const i32 woken = waiter_[op];
+      waiter_[op] = waiter_next_[woken];
+      todo_.push_back(woken);
+    }
+  }
+  next_[rank] = 0;
+  return true;
+}
+
+void Retimer::measure_slack(const Timetable& table) {
+  ++run_;
+  todo_.clear();
+  for (i32 r = 0; r < m_.ranks; ++r) {
+    next_[r] = table.order[r].size();
+    free_[r] = 0;
+    todo_.push_back(r);
+  }
+  while (!todo_.empty()) {
+    const i32 rank = todo_.back();
+    todo_.pop_back();
+    retreat(table, rank);
+  }
+  for (const auto& ops : table.order) {
+    for (const i32 op : ops) slack_[op] = table.makespan - table.start[op] - way_[op];
+  }
 }
 
 void Retimer::critical(const Timetable& table, std::vector<i32>& path) const {
@@ -179,6 +256,7 @@ void LocalSearch::run(Timetable& table, i64 moves, double warmth) {
   }
   if (ops < 2 || !retimer_.run(table, 0)) return;
   retimer_.keep(table);
+  retimer_.measure_slack(table);
   evaluator_.offer(table);
   for (i32 r = 0; r < m_.ranks; ++r) {
     for (std::size_t i = 0; i < table.order[r].size(); ++i) {
@@ -188,6 +266,7 @@ void LocalSearch::run(Timetable& table, i64 moves, double warmth) {
   retimer_.critical(table, path_);
   double cost = retimer_.cost(), best_cost = cost;
   Timetable best = table;
+  i64 accepted = 0;
   const double hot = warmth * work / static_cast<double>(ops);
   const double begin = evaluator_.progress();
   for (i64 tried = 0; tried < moves && !evaluator_.over(); ++tried) {
@@ -198,7 +277,7 @@ void LocalSearch::run(Timetable& table, i64 moves, double warmth) {
     if (!move(table)) continue;
     const double heat = hot * std::pow(0.02, done);
     const double limit = cost - heat * std::log(std::max(random_.unit(), 1e-12));
-    if (!retimer_.run(table, from_) || retimer_.cost() > limit) {
+    if (!retimer_.run(table, from_, settled_, limit - cost) || retimer_.cost() > limit) {
       undo(table);
       continue;
     }
@@ -206,7 +285,10 @@ void LocalSearch::run(Timetable& table, i64 moves, double warmth) {
     cost = retimer_.cost();
     const std::vector<i32>& order = table.order[rank_];
     for (std::size_t i = 0; i < order.size(); ++i) place_[order[i]] = static_cast<i32>(i);
-    retimer_.critical(table, path_);
+    if (++accepted % kMeasureEvery == 0) {
+      retimer_.measure_slack(table);
+      retimer_.critical(table, path_);
+    }
     evaluator_.offer(table);
     if (cost < best_cost) {
       best_cost = cost;
@@ -255,7 +337,7 @@ bool LocalSearch::fits(const Timetable& table, i32 rank) const {
 
 void LocalSearch::remember(const Timetable& table, i32 rank, i64 from) {
   rank_ = rank;
-  from_ = from;
+  from_ = settled_ = from;
   old_order_ = table.order[rank];
   old_level_.clear();
   for (const i32 op : old_order_) {
@@ -271,16 +353,18 @@ void LocalSearch::undo(Timetable& table) {
   }
 }
 
-// Times change from the first forward on whose level is another one.
-void LocalSearch::start_at_first_change(const Timetable& table) {
+// Times change from the first forward on whose level is another one; what starts behind the last
+// op of such a pair is behind all changes.
+void LocalSearch::find_changes(const Timetable& table) {
   std::size_t at = 0;
   for (const i32 op : old_order_) {
     if (kind_of(op) != kForward) continue;
-    if (table.start[op] >= from_) return;
-    if (table.level[pair_of(op)] != old_level_[at++]) {
-      from_ = table.start[op];
-      return;
-    }
+    const i32 pair = pair_of(op);
+    if (table.level[pair] == old_level_[at++]) continue;
+    from_ = std::min(from_, table.start[op]);
+    settled_ = std::max(settled_, table.start[op]);
+    if (m_.frozen(m_.pair_pass[pair])) continue;
+    settled_ = std::max(settled_, table.start[op_of(pair, table.split ? kWeight : kBackward)]);
   }
 }
 
@@ -292,11 +376,12 @@ bool LocalSearch::swap_critical(Timetable& table) {
   const i32 at = place_[op];
   if (at == 0 || !may_pass(order[at - 1], op)) return false;
   remember(table, rank, table.start[order[at - 1]]);
+  settled_ = table.start[op];
   std::swap(order[at - 1], order[at]);
   if (fits(table, rank)) {
     if (kind_of(order[at]) == kForward) {
-      chooser_.run(table, rank, true);
-      start_at_first_change(table);
+      chooser_.raise(table, rank, pair_of(order[at]));
+      find_changes(table);
     }
     return true;
   }
@@ -326,6 +411,7 @@ bool LocalSearch::relocate(Timetable& table) {
   }
   if (to == from) return false;
   remember(table, rank, table.start[order[std::min(from, to)]]);
+  settled_ = table.start[order[std::max(from, to)]];
   if (to < from) {
     std::rotate(order.begin() + to, order.begin() + from, order.begin() + from + 1);
   } else {
@@ -343,7 +429,10 @@ bool LocalSearch::change_level(Timetable& table) {
   if (level < 0 || level >= m_.levels(pair)) return false;
   remember(table, rank, table.start[op_of(pair, kForward)]);
   table.level[pair] = level;
-  if (fits(table, rank)) return true;
+  if (fits(table, rank)) {
+    find_changes(table);
+    return true;
+  }
   // One that overlaps it makes room.
   const std::vector<i32>& order = table.order[rank];
   for (i32 again = 0; again < 3; ++again) {
@@ -352,8 +441,10 @@ bool LocalSearch::change_level(Timetable& table) {
     const i32 other = pair_of(order[at]);
     if (other == pair || table.level[other] == 0) continue;
     --table.level[other];
-    from_ = std::min(from_, table.start[op_of(other, kForward)]);
-    if (fits(table, rank)) return true;
+    if (fits(table, rank)) {
+      find_changes(table);
+      return true;
+    }
   }
   undo(table);
   return false;
@@ -362,10 +453,11 @@ bool LocalSearch::change_level(Timetable& table) {
 bool LocalSearch::choose_again(Timetable& table) {
   const i32 rank = m_.pair_rank[pair_of(path_[random_.below(static_cast<i64>(path_.size()))])];
   remember(table, rank, kNever);
+  settled_ = 0;
   const bool priced = random_.below(8) == 0;
   if (priced ? chooser_.price(table, rank, kPriceRounds)
              : chooser_.run(table, rank, false, &random_)) {
-    start_at_first_change(table);
+    find_changes(table);
     return from_ < kNever;
   }
   undo(table);

@@ -27,7 +27,12 @@ class Retimer {
   // from those that its times belong to; what started before must be as it was. False if ops wait
   // in a ring. `table` itself keeps its old times until `keep`.
   bool run(const Timetable& table, i64 from);
+  // The same, and gives up when an op that stood after `settled` (ns), behind all that changed,
+  // now starts later by more than `grace` and the slack that it had when that was last measured.
+  bool run(const Timetable& table, i64 from, i64 settled, double grace);
   void keep(Timetable& table) const;
+  // Measures by how much every op could start later; `table` as `keep` left it.
+  void measure_slack(const Timetable& table);
 
   i64 makespan() const { return makespan_; }
   double cost() const { return cost_; }
@@ -38,18 +43,28 @@ class Retimer {
 
  private:
   bool advance(const Timetable& table, i32 rank, i64 from);
+  bool retreat(const Timetable& table, i32 rank);
+  void forget_waiters(const Timetable& table);
 
   const Model& m_;
   std::vector<i32> wait_begin_;  // op -> what it waits for
   std::vector<i32> wait_op_;
   std::vector<i64> wait_latency_;
+  std::vector<i32> follow_begin_;  // op -> what waits for it
+  std::vector<i32> follow_op_;
+  std::vector<i64> follow_latency_;
   std::vector<i64> start_, end_;
+  std::vector<i64> way_;     // op -> from its start to the end of all
+  std::vector<i64> slack_;   // op -> when measured last
   std::vector<i32> seen_;    // op -> the run in which its times were computed
   std::vector<i32> waiter_;  // op -> first rank that waits for it, -1
   std::vector<i32> waiter_next_, todo_;
   std::vector<std::size_t> next_, first_;
   std::vector<i64> free_;
   i32 run_ = 0;
+  i64 settled_ = kNever;
+  i64 grace_ = 0;
+  bool late_ = false;
   i64 makespan_ = 0;
   double cost_ = 0;
 };
@@ -72,7 +87,7 @@ class LocalSearch {
   bool may_pass(i32 earlier, i32 later) const;
   void remember(const Timetable& table, i32 rank, i64 from);
   void undo(Timetable& table);
-  void start_at_first_change(const Timetable& table);
+  void find_changes(const Timetable& table);
 
   const Model& m_;
   Evaluator& evaluator_;
@@ -83,7 +98,7 @@ class LocalSearch {
   std::vector<i32> place_;  // per op: its index in its rank's order
   // The rank that the last move changed, and what it was.
   i32 rank_ = 0;
-  i64 from_ = 0;
+  i64 from_ = 0, settled_ = 0;
   std::vector<i32> old_order_;
   std::vector<i32> old_level_;
 };

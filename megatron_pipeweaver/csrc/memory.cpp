@@ -50,6 +50,41 @@ bool MemoryChooser::price(Timetable& table, i32 rank, i32 rounds) {
   return true;
 }
 
+void MemoryChooser::raise(Timetable& table, i32 rank, i32 pair) {
+  measure(table, rank);
+  held_.assign(forwards_ + 1, 0);
+  for (const i32 one : pairs_) {
+    const i64 bytes = m_.costs[m_.level_begin[one] + table.level[one]].memory;
+    held_[from_[one]] += bytes;
+    held_[until_[one]] -= bytes;
+  }
+  for (i32 i = 1; i < forwards_; ++i) held_[i] += held_[i - 1];
+  const i32 slot = from_[pair];
+  const i64 room = m_.capacity[rank] - held_[slot];
+  i32 best = -1;
+  double most = 0;
+  for (const i32 one : pairs_) {
+    if (from_[one] > slot) break;
+    if (until_[one] <= slot || table.level[one] + 1 >= m_.levels(one)) continue;
+    const Costs& now = m_.costs[m_.level_begin[one] + table.level[one]];
+    const Costs& next = m_.costs[m_.level_begin[one] + table.level[one] + 1];
+    const i64 more = next.memory - now.memory;
+    if (more > room) continue;
+    const i64 saved =
+        now.forward - next.forward + now.backward - next.backward + now.weight - next.weight;
+    const double worth =
+        static_cast<double>(saved) / (static_cast<double>(more) * (until_[one] - from_[one]));
+    if (worth <= most) continue;
+    const auto held = held_.begin();
+    if (*std::max_element(held + from_[one], held + until_[one]) + more > m_.capacity[rank]) {
+      continue;
+    }
+    most = worth;
+    best = one;
+  }
+  if (best >= 0) ++table.level[best];
+}
+
 bool MemoryChooser::run(Timetable& table, i32 rank, bool keep, Random* noise) {
   measure(table, rank);
   if (!keep) {

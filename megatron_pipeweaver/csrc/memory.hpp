@@ -21,6 +21,8 @@ class MemoryChooser {
   bool run(Timetable& table, i32 rank, bool keep, Random* noise = nullptr);
   // Chooses the levels of `rank` anew with prices (`knapsack.hpp`), in so many rounds.
   bool price(Timetable& table, i32 rank, i32 rounds);
+  // Where the forward of `pair` leaves room, one of those held then gets its next faster level.
+  void raise(Timetable& table, i32 rank, i32 pair);
 
  private:
   void measure(const Timetable& table, i32 rank);

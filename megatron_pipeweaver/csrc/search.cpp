@@ -19,10 +19,10 @@ struct Candidate {
 };
 
 constexpr std::size_t kFavourites = 4;
-constexpr double kWarmths[] = {0.3, 1, 3};  // of the local search's cycles, by turns
-constexpr i64 kPatience = 1000;             // evaluations without progress that end a phase early
-constexpr double kPortfolio = 0.45;         // of the time goes to recipes,
-constexpr double kAnneal = 0.6;             // up to here to keys, the rest to orders
+constexpr double kWarmths[] = {0.05, 1, 0.3, 3};  // of the local search, cycle by cycle
+constexpr i64 kPatience = 1000;      // evaluations without progress that end a phase early
+constexpr double kPortfolio = 0.45;  // of the time goes to recipes,
+constexpr double kAnneal = 0.6;      // up to here to keys, the rest to orders
 
 class Worker {
  public:
@@ -38,7 +38,7 @@ class Worker {
     LocalSearch local(m_, evaluator_, random_);
     const i64 moves = 300 * m_.pairs;
     for (i64 cycle = 0; !evaluator_.over(); ++cycle) {
-      local.run(best.table, moves, kWarmths[cycle % 3]);
+      local.run(best.table, moves, kWarmths[cycle % 4]);
     }
   }
 
