@@ -3,7 +3,7 @@
 # runs by itself.
 #
 # A job script says what to reserve (#SBATCH), what the model is (MODEL) and how it is split
-# (PARALLEL), and calls `run_job "$@"`. What stands behind the script's name on the command line
+# (PARALLEL), which script trains it if not pretrain_vlm.py (SCRIPT), and calls `run_job "$@"`. What stands behind the script's name on the command line
 # comes last, so it wins over all of that.
 #
 #   PIPEWEAVER_PYTHON   the Python with PipeWeaver and Megatron in it, on every node  [python3]
@@ -14,6 +14,7 @@
 ROOT=${PIPEWEAVER_ROOT:-${SLURM_SUBMIT_DIR:?submit with sbatch, from the root of the checkout}}
 PIPEWEAVER_PYTHON=${PIPEWEAVER_PYTHON:-python3}
 GPUS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
+SCRIPT=pretrain_vlm.py
 
 # Settings of Megatron and NCCL. `export VARIABLE=...` in front of sbatch wins.
 set_environment() {
@@ -43,7 +44,7 @@ set_environment() {
 dry_run() {
     WORLD_SIZE=$((SLURM_JOB_NUM_NODES * GPUS_PER_NODE)) \
         srun --nodes 1 --ntasks 1 --ntasks-per-node 1 \
-        "$PIPEWEAVER_PYTHON" "$ROOT/scripts/pretrain_vlm.py" "$@" --pipeweaver-dry-run 2
+        "$PIPEWEAVER_PYTHON" "$ROOT/scripts/$SCRIPT" "$@" --pipeweaver-dry-run 2
 }
 
 # train ARGUMENTS...: one torchrun per node, which starts a process per GPU.
@@ -57,7 +58,7 @@ train() {
         "$PIPEWEAVER_PYTHON" -m torch.distributed.run \
         --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$GPUS_PER_NODE" \
         --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:$port" \
-        "$ROOT/scripts/pretrain_vlm.py" "$@"
+        "$ROOT/scripts/$SCRIPT" "$@"
 }
 
 # run_job ARGUMENTS...: the dry run, and if it ends well, training.
@@ -105,4 +106,28 @@ QWEN2_32B=(
 QWEN2_72B=(
     --decoder-num-layers 80 --hidden-size 8192 --ffn-hidden-size 29568 --num-attention-heads 64
     --rotary-base 1000000 --vocab-size 152063 --add-qkv-bias
+)
+
+# The paper's text-to-video models. Clips have 16 s in all at 16 frames a second and 128 x 256
+# pixels: 64 x 16 x 32 latents (4 x 8 x 8 to one), 8192 patches of 2 x 2.
+CLIPS=(
+    --img-h 16 --img-w 32 --patch-dim 2 --latent-channels 16 --seq-length 8192 --max-clips 8
+    --prompt-length 256 --max-position-embeddings 8192 --position-embedding-type rope
+    --normalization RMSNorm --swiglu --disable-bias-linear --qk-layernorm --modulation table
+)
+LLAMA3_8B_TEXT=(
+    --encoder-num-layers 32 --text-hidden-size 4096 --text-ffn-hidden-size 14336
+    --text-num-attention-heads 32 --text-num-query-groups 8 --rotary-base 500000
+    --vocab-size 128255
+)
+QWEN2_32B_TEXT=(
+    --encoder-num-layers 64 --text-hidden-size 5120 --text-ffn-hidden-size 27648
+    --text-num-attention-heads 40 --text-num-query-groups 8 --rotary-base 1000000
+    --vocab-size 152063 --add-qkv-bias
+)
+DIT_5B=(
+    --decoder-num-layers 28 --hidden-size 3584 --ffn-hidden-size 10240 --num-attention-heads 28
+)
+DIT_30B=(
+    --decoder-num-layers 48 --hidden-size 6144 --ffn-hidden-size 24576 --num-attention-heads 48
 )

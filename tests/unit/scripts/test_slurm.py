@@ -138,6 +138,34 @@ def test_jobs_of_the_paper_train_its_models_on_its_gpus(name: str, tmp_path: Pat
     assert int(flag(step, "vocab-size")) + 1 == language.vocab_size  # and the end of a document
 
 
+@pytest.mark.parametrize("name", ["t2v-s", "t2v-l"])
+def test_jobs_of_videos_train_the_papers_models(name: str, tmp_path: Path) -> None:
+    setup = SETUPS[name]
+    step = submit(f"{name.replace('-', '_')}.sbatch", folder=tmp_path).steps[1]
+    text, video = setup.model.modules
+    sizes = setup.parallel
+    assert "scripts/pretrain_t2v.py" in step
+    assert 8 * int(flag(step, "nnodes")) == sizes.tensor * sizes.pipeline * sizes.data
+    assert flag(step, "tensor-model-parallel-size") == str(sizes.tensor)
+    assert flag(step, "pipeline-model-parallel-size") == str(sizes.pipeline)
+    expected = {
+        "encoder-num-layers": text.layers,
+        "text-hidden-size": text.hidden_size,
+        "text-ffn-hidden-size": text.ffn_hidden_size,
+        "text-num-attention-heads": text.attention_heads,
+        "text-num-query-groups": text.kv_groups,
+        "decoder-num-layers": video.layers,
+        "hidden-size": video.hidden_size,
+        "ffn-hidden-size": video.ffn_hidden_size,
+        "num-attention-heads": video.attention_heads,
+        "patch-dim": video.patch_size,
+        "latent-channels": video.image_channels,
+    }
+    assert {each: int(flag(step, each)) for each in expected} == expected
+    assert flag(step, "modulation") == video.layer.modulation
+    assert int(flag(step, "vocab-size")) + 1 == text.vocab_size  # and the end of a document
+
+
 def test_a_dry_run_that_fails_ends_the_job(tmp_path: Path) -> None:
     ended = submit("one_node.sbatch", folder=tmp_path, EXIT_CODE="2")
     assert ended.code == 2
