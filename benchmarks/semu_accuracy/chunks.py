@@ -266,8 +266,15 @@ class Chunk:
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self._device, dtype=self._dtype)
 
-    def _made(self, size: Size) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-        """The chunk's input at `size`, and its forward."""
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Those of all layers."""
+        for layer in self._layers:
+            yield from layer.parameters()
+
+    def made(
+        self, size: Size
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor], tuple[torch.Tensor, ...]]:
+        """The chunk's input at `size`, its forward, and what that reads of other modules."""
         sequence, batch = size
         spec = self._spec
         hidden = self._random(sequence, batch, spec.hidden_size).requires_grad_(True)
@@ -287,11 +294,11 @@ class Chunk:
                 states = tensor_parallel.checkpoint(run, False, states) if again else run(states)
             return states
 
-        return hidden, forward
+        return hidden, forward, (context,)
 
     def time_ns(self, size: Size, clock: Clock) -> tuple[int, int]:
         """Forward and backward, once."""
-        hidden, forward = self._made(size)
+        hidden, forward, _ = self.made(size)
         gradient = torch.randn_like(hidden)
         start = clock.now_ns()
         output = forward(hidden)
@@ -303,7 +310,7 @@ class Chunk:
         """What is kept from the forward to the backward, and the peak of both."""
         if self._device == "cpu":
             return Weight(held_bytes=self._saved_bytes(size), peak_bytes=None)
-        hidden, forward = self._made(size)
+        hidden, forward, _ = self.made(size)
         gradient = torch.randn_like(hidden)
         forward(hidden).backward(gradient)  # so that weights have their gradients
         hidden.grad = None
@@ -319,12 +326,9 @@ class Chunk:
         return Weight(held_bytes=held - output.nbytes + own, peak_bytes=peak + own)
 
     def _saved_bytes(self, size: Size) -> int:
-        """Storages that autograd keeps, parameters and what others gave apart."""
-        hidden, forward = self._made(size)
-        ignored = {
-            one.untyped_storage().data_ptr() for layer in self._layers for one in layer.parameters()
-        }
-        given = {hidden.untyped_storage().data_ptr()}
+        """Storages that autograd keeps, parameters and what other modules hold apart."""
+        hidden, forward, given = self.made(size)
+        ignored = {one.untyped_storage().data_ptr() for one in (*self.parameters(), *given)}
         kept: dict[int, tuple[int, torch.Tensor]] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -335,8 +339,7 @@ class Chunk:
             return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = forward(hidden)
-        del output, given
+            forward(hidden)
         return sum(size for size, _ in kept.values())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_pipeweaver.ir.lmm import ExpertOptions
 from megatron_pipeweaver.semu.architecture import LayerSpec
 from megatron_pipeweaver.semu.operators import (
+    INDEX_BYTES,
     Sketch,
     activation,
     elementwise,
@@ -22,7 +23,8 @@ def expert_mlp(
     """Route, dispatch, run the experts of this rank, combine; loads are taken as balanced.
 
     Experts are spread over the expert-parallel ranks and each one's width over the tensor-parallel
-    ranks. Every row is sent to `experts.active` experts and comes back as their weighted sum.
+    ranks. Every row is sent to `experts.active` experts and comes back as the sum of what they make
+    of it, each weighed by its probability.
     """
     width = spec.hidden_size
     normed = enter_tensor_parallel(sketch, "enter_experts", normed, rows * width)
@@ -31,7 +33,8 @@ def expert_mlp(
     )
     probabilities = elementwise(sketch, "route", (scores,), rows * experts.count, saves=(scores,))
     routed = rows * experts.active
-    sent = elementwise(sketch, "permute", (normed,), routed * width)
+    indices = sketch.tensor("permute.indices", routed, INDEX_BYTES)
+    sent = elementwise(sketch, "permute", (normed,), routed * width, makes=(indices,))
     sent = _exchange(sketch, "dispatch", sent)
     inner = shard(experts.ffn_hidden_size, sketch.options)
     local = -(-experts.count // sketch.options.parallel.expert)
@@ -39,11 +42,19 @@ def expert_mlp(
         sketch, "expert_fc1", sent, (routed, width, inner * (2 if spec.gated_mlp else 1)), local
     )
     active = activation(sketch, "expert_activation", wide, routed * inner, gated=spec.gated_mlp)
-    back = _grouped_linear(sketch, "expert_fc2", active, (routed, inner, width), local)
-    back = _exchange(sketch, "combine", back)
-    output = elementwise(
-        sketch, "unpermute", (back, probabilities), rows * width, saves=(back, probabilities)
+    # Weighed in front of the second linear, where rows are narrower: nothing behind it is kept.
+    weights = sketch.tensor("weigh.probabilities", routed)
+    weighed = elementwise(
+        sketch,
+        "weigh",
+        (active, probabilities),
+        routed * inner,
+        saves=(active,),
+        makes=(weights,),
     )
+    back = _grouped_linear(sketch, "expert_fc2", weighed, (routed, inner, width), local)
+    back = _exchange(sketch, "combine", back)
+    output = elementwise(sketch, "unpermute", (back,), rows * width)
     if experts.shared_ffn_hidden_size is not None:
         shared = _shared_expert(sketch, spec, experts.shared_ffn_hidden_size, rows, normed)
         output = elementwise(sketch, "add_shared", (output, shared), rows * width)

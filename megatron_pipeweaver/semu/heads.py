@@ -6,6 +6,7 @@ from megatron_pipeweaver.ir.lmm import MODULATIONS, Modulation, ModuleSpec
 from megatron_pipeweaver.semu.architecture import LayerSpec
 from megatron_pipeweaver.semu.interface import Load
 from megatron_pipeweaver.semu.operators import (
+    INDEX_BYTES,
     Sketch,
     activation,
     context_rows,
@@ -20,8 +21,6 @@ from megatron_pipeweaver.semu.operators import (
 from megatron_pipeweaver.semu.options import RunOptions
 from megatron_pipeweaver.semu.work import Operator, OperatorClass, Subgraph, Work
 
-INDEX_BYTES = 8
-"""Token ids and targets are 64-bit integers."""
 SINGLE_BYTES = 4
 """The loss is computed in single precision."""
 TIME_WAVES = 256

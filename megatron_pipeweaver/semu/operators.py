@@ -21,6 +21,8 @@ from megatron_pipeweaver.semu.work import (
     Work,
 )
 
+INDEX_BYTES = 8
+"""Token ids, targets and places of rows are 64-bit integers."""
 STATISTIC_BYTES = 4
 """Row statistics (mean, inverse deviation, log-sum-exp) are kept in single precision."""
 

@@ -15,6 +15,7 @@ from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import build_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -50,6 +51,9 @@ class FlopCount(TorchDispatchMode):
 @contextmanager
 def one_rank() -> Iterator[None]:
     """megatron-core's parallel state with this process alone."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        # Without Transformer Engine both versions leave out the `None` that their router asks for.
+        moe_utils.te_general_gemm = None
     with PatchSet(cpu_patches()):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
@@ -73,6 +77,7 @@ def make_layer(
             "num_moe_experts": spec.experts.count,
             "moe_router_topk": spec.experts.active,
             "moe_ffn_hidden_size": spec.experts.ffn_hidden_size,
+            "moe_shared_expert_intermediate_size": spec.experts.shared_ffn_hidden_size,
             "moe_token_dispatcher_type": "alltoall",
         }
     config = TransformerConfig(

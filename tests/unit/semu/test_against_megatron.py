@@ -1,11 +1,13 @@
 """SEMU's layers against megatron-core's own: FLOPs, kept bytes, parameters, by strategy."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
+from megatron_pipeweaver.ir.lmm import ExpertOptions, ModuleKind
 from megatron_pipeweaver.ir.strategy import LayerStrategy
-from megatron_pipeweaver.semu.architecture import LayerSpec
+from megatron_pipeweaver.semu.architecture import LayerSpec, layer_spec
 from megatron_pipeweaver.semu.interface import Load
 from megatron_pipeweaver.semu.layers import transformer_layer
 from megatron_pipeweaver.semu.options import RunOptions
@@ -13,6 +15,7 @@ from megatron_pipeweaver.semu.strategies import held_tensors, recomputed
 from megatron_pipeweaver.semu.work import Phase, Subgraph
 
 megatron_layers = pytest.importorskip("tests.unit.semu.megatron_layers")
+chunks = pytest.importorskip("benchmarks.semu_accuracy.chunks")
 
 LLAMA = {"gated_mlp": True, "rms_norm": True, "bias": False, "qkv_bias": False, "rotary": True}
 
@@ -29,6 +32,7 @@ def _spec(groups: int = 8, **more: object) -> LayerSpec:
     return LayerSpec(**{**sizes, **more})  # type: ignore[arg-type]
 
 
+EXPERTS = ExpertOptions(count=4, active=2, ffn_hidden_size=64)
 SPECS = {
     "gpt": _spec(),
     "gpt, rotary": _spec(rotary=True),
@@ -38,6 +42,9 @@ SPECS = {
     "qwen2": _spec(groups=2, **{**LLAMA, "qkv_bias": True}),
     "qwen3": _spec(groups=2, head_size=32, qk_norm=True, **LLAMA),
     "qwen3, ungrouped": _spec(qk_norm=True, **LLAMA),
+    "experts": _spec(bias=False, experts=EXPERTS),
+    "experts, llama": _spec(groups=2, experts=EXPERTS, **LLAMA),
+    "experts, shared": _spec(experts=replace(EXPERTS, shared_ffn_hidden_size=96), **LLAMA),
     "vit": _spec(causal=False),
     "vit, gated": _spec(causal=False, gated_mlp=True),
 }
@@ -57,6 +64,16 @@ def _graph(spec: LayerSpec, sequence: int, batch: int, *, dropout: bool = False)
 
 def _held(graph: Subgraph, strategy: LayerStrategy) -> int:
     return sum(one.size_bytes for one in held_tensors(graph, recomputed(strategy, graph)))
+
+
+def _backward_flops(graph: Subgraph, strategy: LayerStrategy) -> int:
+    """Of both gradients, and of what runs again."""
+    again = recomputed(strategy, graph).operators
+    return (
+        graph.flops(Phase.INPUT_GRAD)
+        + graph.flops(Phase.WEIGHT_GRAD)
+        + sum(one.forward.flops for one in graph.operators if one.name in again)
+    )
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -82,21 +99,51 @@ def test_layer_with_dropout(name: str) -> None:
     assert _held(graph, LayerStrategy.KEEP) == pytest.approx(real.saved_bytes, rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama, grouped", "vit"])
+@pytest.mark.parametrize("name", ["gpt", "llama, grouped", "experts, llama", "vit"])
 def test_attention_recompute(name: str) -> None:
     spec = SPECS[name]
     layer = megatron_layers.make_layer(spec, recompute=["core_attn"])
     real = megatron_layers.measure(layer, 64, 2, rotary=spec.rotary)
-    held = _held(_graph(spec, 64, 2), LayerStrategy.ATTENTION)
-    assert held == pytest.approx(real.saved_bytes, rel=0.03)
+    graph = _graph(spec, 64, 2)
+    assert _held(graph, LayerStrategy.ATTENTION) == pytest.approx(real.saved_bytes, rel=0.03)
+    assert _backward_flops(graph, LayerStrategy.ATTENTION) == pytest.approx(
+        real.backward_flops, rel=0.005
+    )
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama, grouped", "qwen3", "vit"])
+@pytest.mark.parametrize("name", ["gpt", "llama, grouped", "qwen3", "experts, shared", "vit"])
 def test_full_recompute(name: str) -> None:
     spec = SPECS[name]
     layer = megatron_layers.make_layer(spec)
     real = megatron_layers.measure(layer, 64, 2, rotary=spec.rotary, recompute=True)
     graph = _graph(spec, 64, 2)
-    again = sum(graph.flops(phase) for phase in Phase)
     assert _held(graph, LayerStrategy.RECOMPUTE) == pytest.approx(real.saved_bytes, rel=0.03)
-    assert again == pytest.approx(real.backward_flops, rel=0.005)
+    assert _backward_flops(graph, LayerStrategy.RECOMPUTE) == pytest.approx(
+        real.backward_flops, rel=0.005
+    )
+
+
+@pytest.mark.parametrize("size", [(81, 1), (36, 2)], ids=str)
+@pytest.mark.parametrize("strategy", chunks.STRATEGIES)
+def test_layers_with_cross_attention_and_modulation(
+    strategy: LayerStrategy, size: tuple[int, int]
+) -> None:
+    (case,) = (one for one in chunks.CASES["cpu"] if one.module.kind is ModuleKind.DIFFUSION)
+    chunk = chunks.Chunk(case, "cpu", strategy)
+    graph = transformer_layer(
+        layer_spec(case.module), chunks.load_of(case, size), RunOptions.unfused()
+    )
+    assert chunks.LAYERS * _held(graph, strategy) == pytest.approx(
+        chunk.weigh(size).held_bytes, rel=0.03
+    )
+    hidden, forward, _ = chunk.made(size)
+    with megatron_layers.FlopCount() as counted:
+        output = forward(hidden)
+    assert chunks.LAYERS * graph.flops(Phase.FORWARD) == pytest.approx(counted.total, rel=0.005)
+    with megatron_layers.FlopCount() as counted:
+        output.sum().backward()
+    assert chunks.LAYERS * _backward_flops(graph, strategy) == pytest.approx(
+        counted.total, rel=0.005
+    )
+    parameters = sum(one.numel() for one in chunk.parameters())
+    assert chunks.LAYERS * graph.parameters == parameters
