@@ -23,6 +23,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import CrossAttention, CrossAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec as Spec
 from megatron.core.transformer.spec_utils import build_module
 
@@ -202,7 +203,9 @@ class DiffusionLayer(torch.nn.Module):
             skip_bias_add=False,
             is_expert=False,
         )
-        self.mlp = build_module(parts.mlp, config=config)
+        self.mlp = MLP(
+            config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        )
         self.width = config.hidden_size
 
     def _normed(self, hidden: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor):

@@ -326,6 +326,7 @@ _LAYER_READERS: Mapping[str, Reader] = {
     "experts": _object_of(ExpertOptions, _EXPERT_READERS, "count", "active", "ffn_hidden_size"),
     "context_size": _positive,
     "cross_attention_layers": _integers,
+    "cross_attention_alone": JsonNode.boolean,
     "modulation": _one_of(Modulation),
     "tap_layers": _integers,
     "positions": JsonNode.integer,

@@ -71,8 +71,9 @@ class LayerOptions:
 
     `window` is the longest stretch, in units, that attention sees, except in
     `full_attention_layers`. `context_size` is the width that cross-attention reads, in every layer
-    or in `cross_attention_layers` alone. `tap_layers` are those whose output a projector of its
-    own also hands on (DeepStack). `positions` are learned position embeddings.
+    or in `cross_attention_layers` alone, where it takes the place of self-attention if
+    `cross_attention_alone` (Llama 3.2 Vision). `tap_layers` are those whose output a projector of
+    its own also hands on (DeepStack). `positions` are learned position embeddings.
     """
 
     head_size: int | None = None
@@ -86,6 +87,7 @@ class LayerOptions:
     experts: ExpertOptions | None = None
     context_size: int | None = None
     cross_attention_layers: tuple[int, ...] = ()
+    cross_attention_alone: bool = False
     modulation: Modulation | None = None
     tap_layers: tuple[int, ...] = ()
     positions: int = 0

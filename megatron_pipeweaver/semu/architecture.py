@@ -13,7 +13,8 @@ class LayerSpec:
 
     `bias` is that of the output projection and the MLP, `qkv_bias` that of the query, key and
     value projection. `window` bounds self-attention; `context_size` is the width that
-    cross-attention reads, `None` where there is none.
+    cross-attention reads, `None` where there is none; `self_attention` is off where
+    cross-attention takes its place.
     """
 
     hidden_size: int
@@ -31,6 +32,7 @@ class LayerSpec:
     window: int | None = None
     experts: ExpertOptions | None = None
     context_size: int | None = None
+    self_attention: bool = True
     modulation: Modulation | None = None
 
 
@@ -69,6 +71,9 @@ def layer_spec(module: ModuleSpec, index: int = 0) -> LayerSpec:
         window=options.window if windowed else None,
         experts=experts if experts is not None and index >= experts.dense_layers else None,
         context_size=options.context_size if crosses else None,
+        self_attention=not (
+            options.cross_attention_alone and crosses and options.context_size is not None
+        ),
         modulation=options.modulation,
     )
 

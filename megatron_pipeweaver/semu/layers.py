@@ -48,7 +48,8 @@ def transformer_layer(spec: LayerSpec, load: Load, options: RunOptions) -> Subgr
     )
     if spec.modulation is not None:
         _modulation_parameters(sketch, spec, load)
-    hidden = _attention_block(sketch, spec, load, hidden)
+    if spec.self_attention:
+        hidden = _attention_block(sketch, spec, load, hidden)
     if spec.context_size is not None:
         hidden = _cross_attention_block(sketch, spec, spec.context_size, load, hidden)
     _mlp_block(sketch, spec, load, hidden)

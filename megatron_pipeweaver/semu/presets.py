@@ -116,9 +116,27 @@ MODULES: Mapping[str, ModuleSpec] = MappingProxyType(
             },
             layer=LayerOptions(rotary=True, tap_layers=(8, 16, 24), positions=2304),
         ),
+        "llama3.2-vision-vit": _vit(
+            # 32 layers over tiles, 8 more over all of them; 4 tiles of 560 x 560 pixels an image.
+            "40 1280 5120 16 16",
+            output_size=4096,
+            layer=LayerOptions(positions=1601),
+        ),
         # Language models.
         "llama3-70b": _lm("80 8192 28672 64 8", 128256),
         "qwen2-7b": _lm("28 3584 18944 28 4", 152064, layer=_QWEN2),
+        "qwen2.5-7b": _lm("28 3584 18944 28 4", 152064, layer=_QWEN2),
+        "qwen2.5-32b": _lm("64 5120 27648 40 8", 152064, layer=_QWEN2),
+        "qwen2.5-72b": _lm("80 8192 29568 64 8", 152064, layer=_QWEN2),
+        "llama3.2-11b-vision-lm": _lm(
+            "40 4096 14336 32 8",
+            128256,
+            layer=LayerOptions(
+                context_size=4096,
+                cross_attention_layers=tuple(range(3, 40, 5)),
+                cross_attention_alone=True,
+            ),
+        ),
         "qwen3-8b": _lm("36 4096 12288 32 8", 151936, layer=_QWEN3),
         "qwen3-30b-a3b": _lm(
             "48 2048 6144 32 4",
@@ -126,6 +144,7 @@ MODULES: Mapping[str, ModuleSpec] = MappingProxyType(
             layer=replace(_QWEN3, experts=ExpertOptions(count=128, active=8, ffn_hidden_size=768)),
         ),
         # Diffusion transformers.
+        "moviegen-30b": _dit("48 6144 16384 48 48", 6144, gated_mlp=True),
         "wan2.1-1.3b": _dit("30 1536 8960 12 12", 4096),
         "wan2.1-14b": _dit("40 5120 13824 40 40", 4096),
     }
@@ -150,6 +169,17 @@ def _vlm(name: str, vision: str, language: str, sizes: tuple[int, int, int]) -> 
         projector_hidden_size=backbone.hidden_size,
     )
     return _setup(name, (encoder, backbone), sizes)
+
+
+def _open_vlm(
+    name: str, vision: str, language: str, projector: Mapping[str, Any] = MappingProxyType({})
+) -> Setup:
+    """An open model: its tower as published, with its own projector unless one is given here."""
+    backbone = replace(MODULES[language], name="language", after=("vision",))
+    encoder = replace(
+        MODULES[vision], name="vision", output_size=backbone.hidden_size, **dict(projector)
+    )
+    return _setup(name, (encoder, backbone), (2, 4, 1))
 
 
 def _t2v(name: str, text: str, diffusion: str, sizes: tuple[int, int, int]) -> Setup:
@@ -183,6 +213,28 @@ SETUPS: Mapping[str, Setup] = MappingProxyType(
             _vlm("vlm-xl-16k", "vit-22b", "gpt-175b", (8, 16, 128)),
             _t2v("t2v-xl-3k", "qwen2-72b", "dit-30b", (8, 4, 96)),
             _t2v("t2v-xl-6k", "qwen2-72b", "dit-30b", (8, 8, 96)),
+            _open_vlm("qwen2.5-vl-7b", "qwen2.5-vl-vit", "qwen2.5-7b"),
+            _open_vlm(
+                "qwen2.5-vl-32b",
+                "qwen2.5-vl-vit",
+                "qwen2.5-32b",
+                MappingProxyType({"ffn_hidden_size": 3456}),
+            ),
+            _open_vlm(
+                "qwen2.5-vl-72b",
+                "qwen2.5-vl-vit",
+                "qwen2.5-72b",
+                MappingProxyType({"ffn_hidden_size": 3456}),
+            ),
+            _open_vlm("qwen3-vl-8b", "qwen3-vl-vit", "qwen3-8b"),
+            _open_vlm(
+                "internvl3-8b",
+                "internvit-300m",
+                "qwen2.5-7b",
+                # 1024 patches of a tile become 256 tokens.
+                MappingProxyType({"patches_per_token": 4, "projector_hidden_size": 3584}),
+            ),
+            _open_vlm("llama3.2-11b-vision", "llama3.2-vision-vit", "llama3.2-11b-vision-lm"),
         )
     }
 )
