@@ -291,6 +291,7 @@ def _encoder_fields(activation: str, epsilon: float) -> dict[str, Any]:
         "add_bias_linear": True,
         "add_qkv_bias": True,
         "gated_linear_unit": False,
+        "bias_activation_fusion": False,  # which knows neither of these activations
     }
 
 
@@ -299,6 +300,7 @@ def _projector_fields(activation: str) -> dict[str, Any]:
         "activation_func": _activation(activation),
         "add_bias_linear": True,
         "gated_linear_unit": False,
+        "bias_activation_fusion": False,
     }
 
 

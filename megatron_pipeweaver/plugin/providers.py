@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.lmm import LayerOptions, ModelSpec, ModuleKind, ModuleSpec
 from megatron_pipeweaver.models.build import build_chunks
 from megatron_pipeweaver.models.chunk import ModelChunk
+from megatron_pipeweaver.models.hugging_face import HuggingFaceModel, read_model
 from megatron_pipeweaver.models.options import ModelOptions
 from megatron_pipeweaver.models.parameters import initialize_by_name
 from megatron_pipeweaver.partition.chunks import make_layout
@@ -78,6 +80,8 @@ class VisionLanguage:
                 f"--img-h {args.img_h} --img-w {args.img_w}: chunks take square images; "
                 "give both the same size"
             )
+        if args.hf_model is not None:
+            return hugging_face_spec(args, read_model(args.hf_model, args.img_h))
         return ModelSpec(name="vlm", modules=(_vision_spec(args), _language_spec(args)))
 
     def typical(self, args: argparse.Namespace) -> MicrobatchMetadata:
@@ -141,7 +145,8 @@ class VisionLanguage:
     @staticmethod
     def _item(args: argparse.Namespace) -> Item:
         patches = (args.img_h // args.patch_dim) ** 2
-        return Item(units=patches, tokens=patches // args.spatial_merge_size**2)
+        class_tokens = int(args.hf_model is not None)
+        return Item(units=patches + class_tokens, tokens=patches // args.spatial_merge_size**2)
 
 
 def add_vision_language_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -161,6 +166,12 @@ def add_vision_language_arguments(parser: argparse.ArgumentParser) -> argparse.A
         default=1,
         help="Fold squares of this many by this many patches into one token of the language model.",
     )
+    group.add_argument(
+        "--hf-model",
+        metavar="FOLDER",
+        help="The model of a Hugging Face LLaVA checkpoint, whose sizes the other flags must have; "
+        "its weights come from --load, imported by scripts/import_hf.py.",
+    )
     group.add_argument("--freeze-ViT", action="store_true", help="Do not train the ViT.")
     group.add_argument(
         "--max-images", type=int, default=4, help="Most images of a sample; 0 for text alone."
@@ -175,6 +186,15 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
     ``--seed`` determine, however the model is cut; else from Megatron's own random states.
     """
     plain = {"sequence_parallel": False, "context_parallel_size": 1, "tp_comm_overlap": False}
+    theirs = None if args.hf_model is None else read_model(args.hf_model, args.img_h).options
+    overrides = {
+        VISION: plain,
+        # A projector has no heads; Megatron wants as many as tensor-parallel ranks.
+        f"{VISION}_projection": {**plain, "num_attention_heads": args.tensor_model_parallel_size},
+        LANGUAGE: {"kv_channels": args.kv_channels},
+    }
+    if theirs is not None:
+        overrides = {name: {**one, **theirs.overrides[name]} for name, one in overrides.items()}
     return ModelOptions(
         params_dtype=args.params_dtype,
         dropout=args.hidden_dropout,
@@ -182,18 +202,11 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
         image_size=args.img_h,
         image_token_id=VisionLanguage.IMAGE_TOKEN,
         position_embedding=args.position_embedding_type,
-        rotary_base=args.rotary_base,
+        rotary_base=args.rotary_base if theirs is None else theirs.rotary_base,
+        class_token=theirs is not None and theirs.class_token,
         transformer_engine=args.transformer_impl == "transformer_engine",
         common=config_fields(args),
-        overrides={
-            VISION: plain,
-            # A projector has no heads; Megatron wants as many as tensor-parallel ranks.
-            f"{VISION}_projection": {
-                **plain,
-                "num_attention_heads": args.tensor_model_parallel_size,
-            },
-            LANGUAGE: {"kv_channels": args.kv_channels},
-        },
+        overrides=overrides,
         initialize=(
             partial(initialize_by_name, seed=args.seed) if args.use_cpu_initialization else None
         ),
@@ -299,6 +312,48 @@ class WholeModel(MegatronModule):  # type: ignore[misc]
         backbone.set_sources([one.place.module for one in present])
         losses: torch.Tensor = backbone(batch)
         return losses
+
+
+def hugging_face_spec(args: argparse.Namespace, model: HuggingFaceModel) -> ModelSpec:
+    """The imported `model`, as the other arguments have it trained.
+
+    Raises:
+        ConfigError: an argument says otherwise than the checkpoint.
+    """
+    if model.architecture != "llava":
+        raise ConfigError(
+            f"--hf-model {args.hf_model}: holds a {model.architecture}, whose positions in three "
+            "axes this script's data has not; build it from PipeWeaver's chunks"
+        )
+    vision, language = model.spec.modules
+    for name, wanted in {
+        "encoder_num_layers": vision.layers,
+        "patch_dim": vision.patch_size,
+        "spatial_merge_size": 1,
+        "decoder_num_layers": language.layers,
+        "hidden_size": language.hidden_size,
+        "ffn_hidden_size": language.ffn_hidden_size,
+        "num_attention_heads": language.attention_heads,
+        "untie_embeddings_and_output_weights": not language.tied_embeddings,
+    }.items():
+        if getattr(args, name) != wanted:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{flag} {getattr(args, name)} with --hf-model {args.hf_model}: its model has "
+                f"{wanted}; give that"
+            )
+    if args.padded_vocab_size < (language.vocab_size or 0):
+        raise ConfigError(
+            f"--vocab-size {args.vocab_size} with --hf-model {args.hf_model}: its model has "
+            f"{language.vocab_size} tokens; give as many"
+        )
+    return replace(
+        model.spec,
+        modules=(
+            replace(vision, frozen=args.freeze_ViT),
+            replace(language, vocab_size=args.padded_vocab_size),
+        ),
+    )
 
 
 def _vision_spec(args: argparse.Namespace) -> ModuleSpec:

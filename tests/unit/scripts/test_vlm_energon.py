@@ -104,7 +104,7 @@ def test_tokens_predict_their_own_document_and_no_image(stream: Stream) -> None:
 
 
 def test_metadata_tells_documents_and_images(stream: Stream) -> None:
-    args = argparse.Namespace(img_h=8, img_w=8, patch_dim=2, spatial_merge_size=2)
+    args = argparse.Namespace(img_h=8, img_w=8, patch_dim=2, spatial_merge_size=2, hf_model=None)
     microbatch = next(stream())
     found = VisionLanguage().describe(args)(microbatch)
     assert found.sequence_length == LENGTH
