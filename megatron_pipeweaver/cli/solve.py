@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{_baselines(result)}")
     print(
         f"first schedule after {milliseconds(result.first_ns)}, {result.evaluations} evaluated "
-        f"in {milliseconds(result.elapsed_ns)}; written to {args.output}"
+        f"in {milliseconds(result.elapsed_ns)}; found in round {result.rounds} of thread "
+        f"{result.thread} (seed {result.seed}); written to {args.output}"
     )
     return 0
 
