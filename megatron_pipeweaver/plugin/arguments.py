@@ -78,14 +78,14 @@ class PipeWeaverArguments:
                 if count < 1:
                     raise ConfigError(f"{_flag(flag)} {module}={count}: give at least 1")
 
-    def search_config(self, seed: int) -> SearchConfig:
-        """The search's settings; split weight gradients are not run by Megatron's layers."""
+    def search_config(self, seed: int, *, split_weight_grad: bool) -> SearchConfig:
+        """The search's settings; whether it may split backwards depends on the layers."""
         return SearchConfig(
             time_budget_ns=round(self.search_seconds * SECOND_NS),
             threads=self.search_threads,
             seed=seed,
             deterministic=self.deterministic,
-            split_weight_grad=False,
+            split_weight_grad=split_weight_grad,
         )
 
 

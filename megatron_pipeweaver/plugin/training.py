@@ -27,6 +27,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megatron_pipeweaver.errors import ConfigError, UnsupportedMegatronError
 from megatron_pipeweaver.ir.cluster import ParallelSizes
+from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.partition.offline import Partition, partition_model
 from megatron_pipeweaver.planner.background import BackgroundConfig, BackgroundSource
 from megatron_pipeweaver.planner.settings import CostSettings, PlannerSettings
@@ -55,6 +56,16 @@ from megatron_pipeweaver.semu.memory import (
 from megatron_pipeweaver.semu.options import Attention, RunOptions
 
 _log = logging.getLogger(__name__)
+_LOCAL_STRATEGIES = (
+    LayerStrategy.KEEP,
+    LayerStrategy.RECOMPUTE,
+    LayerStrategy.ATTENTION,
+    LayerStrategy.NORM,
+    LayerStrategy.LIGHT,
+)
+"""What Megatron's own layers are planned with."""
+_ENGINE_STRATEGIES = (LayerStrategy.KEEP, LayerStrategy.RECOMPUTE, LayerStrategy.ATTENTION)
+"""And Transformer Engine's, whose norms are parts of the linears behind them."""
 _CPU_PROPERTIES = types.SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0)
 
 
@@ -240,7 +251,12 @@ def planner_settings(
     """
     spec = family.spec(args)
     device = load_device(ours.device_profile or found_device())
-    costs = CostSettings(device=device, options=run_options(args))
+    local = args.transformer_impl == "local"
+    costs = CostSettings(
+        device=device,
+        options=run_options(args),
+        strategies=_LOCAL_STRATEGIES if local else _ENGINE_STRATEGIES,
+    )
     partition = partition_model(
         spec,
         args.pipeline_model_parallel_size,
@@ -257,7 +273,7 @@ def planner_settings(
         sub_microbatch=partition.sub_microbatch,
         memory_capacity_bytes=memory_capacity(args, ours, spec, partition, device),
         dtypes={one.name: dtype for one in spec.modules},
-        search=ours.search_config(args.seed),
+        search=ours.search_config(args.seed, split_weight_grad=local),
     )
 
 

@@ -60,10 +60,11 @@ def test_every_flag_is_read():
         trace_dir=Path("traces"),
         dry_run=5,
     )
-    search = found.search_config(seed=7)
+    search = found.search_config(seed=7, split_weight_grad=True)
     assert (search.time_budget_ns, search.threads, search.seed) == (2_500_000_000, 3, 7)
     assert search.deterministic
-    assert not search.split_weight_grad
+    assert search.split_weight_grad
+    assert not found.search_config(seed=7, split_weight_grad=False).split_weight_grad
 
 
 @pytest.mark.parametrize(
