@@ -14,6 +14,7 @@ from tests.unit.planner.examples import (
     SeededCosts,
     batch_of,
     make_planner,
+    make_settings,
     vision_language,
 )
 
@@ -48,6 +49,18 @@ def test_a_plan_holds_every_pass_of_the_batch():
     assert len(ops(plan)) == len(set(ops(plan))) == 6 * 2 * 2
     assert planned.schedule.makespan_ns >= planned.schedule.lower_bound_ns > 0
     assert planned.problem.memory_capacity_bytes == (10_000, 10_000)
+
+
+def test_layers_of_a_stage_may_do_different_things():
+    settings = make_settings()
+    for candidates, names in ((10, 4), (2, 2)):
+        costs = replace(settings.costs, candidates=candidates)
+        workload = replace(settings, costs=costs).make().workload(batch_of(1))
+        stages = workload.problem.microbatches[0].passes[-1].stages
+        assert [len(strategies) for strategies in stages] == [names, names]
+    mixed = ["keep", "recompute*1+keep*2", "recompute*2+keep*1", "recompute"]
+    workload = settings.make().workload(batch_of(1))
+    assert [one.name for one in workload.problem.microbatches[0].passes[-1].stages[0]] == mixed
 
 
 def test_the_plan_is_never_slower_than_a_static_schedule():
