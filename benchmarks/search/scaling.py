@@ -6,7 +6,8 @@ r"""How exact solvers and the search fare as microbatches are added.
 Run from the repository root with the `bench` extra installed. The problem is the first so many
 microbatches of a case (VLM-M on four ranks by default). CP-SAT and HiGHS get the whole problem as
 one model and `--limit` seconds, the search `--budget`, all of them the same number of threads.
-Every better schedule is a row, and one more says how the solver ended. A problem's rows are
+Every better schedule is a row, and one more says how the solver ended and what processor time it
+had. A problem's rows are
 appended together, so the work can be done in parts.
 """
 
@@ -29,7 +30,7 @@ from megatron_pipeweaver.ir.problem import Problem
 from megatron_pipeweaver.search.anytime import Improvement, solve
 
 CASES = Path(__file__).parent / "cases"
-COLUMNS = ("microbatches", "solver", "event", "seconds", "makespan_ns", "bound_ns")
+COLUMNS = ("microbatches", "solver", "event", "seconds", "makespan_ns", "bound_ns", "cpu_s")
 CLOSE = 1.01
 """A schedule counts as found at this factor of the best one that anybody found."""
 Row = tuple[int, str, str, float, int | str, int | str]
@@ -56,7 +57,9 @@ def main() -> None:
         problem = replace(whole, microbatches=whole.microbatches[:count])
         for name in args.solvers:
             limit_s = args.budget if name == "search" else args.limit
+            before = time.process_time()
             rows = [(count, name, *row) for row in _SOLVERS[name](problem, limit_s, args.threads)]
+            rows[-1] = (*rows[-1], round(time.process_time() - before, 1))
             _append(args.csv, rows)
             print(*rows[-1], flush=True)
 
