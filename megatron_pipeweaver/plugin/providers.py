@@ -118,7 +118,7 @@ class VisionLanguage:
         del original
         return ChunkSeries(
             lambda groups: build_chunks(
-                self.spec(args), layout, model_options(args), pg_collection=groups
+                self.spec(args), layout, vision_language_options(args), pg_collection=groups
             )
         )
 
@@ -136,7 +136,9 @@ class VisionLanguage:
         spec = self.spec(args)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         layout = make_layout(spec, 1, {})
-        return WholeModel(build_chunks(spec, layout, model_options(args), pg_collection=groups))
+        return WholeModel(
+            build_chunks(spec, layout, vision_language_options(args), pg_collection=groups)
+        )
 
     def tokens_per_image(self, args: argparse.Namespace) -> int:
         """Tokens of the language model that stand for one image."""
@@ -186,15 +188,6 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
     ``--seed`` determine, however the model is cut; else from Megatron's own random states.
     """
     plain = {"sequence_parallel": False, "context_parallel_size": 1, "tp_comm_overlap": False}
-    theirs = None if args.hf_model is None else read_model(args.hf_model, args.img_h).options
-    overrides = {
-        VISION: plain,
-        # A projector has no heads; Megatron wants as many as tensor-parallel ranks.
-        f"{VISION}_projection": {**plain, "num_attention_heads": args.tensor_model_parallel_size},
-        LANGUAGE: {"kv_channels": args.kv_channels},
-    }
-    if theirs is not None:
-        overrides = {name: {**one, **theirs.overrides[name]} for name, one in overrides.items()}
     return ModelOptions(
         params_dtype=args.params_dtype,
         dropout=args.hidden_dropout,
@@ -202,14 +195,37 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
         image_size=args.img_h,
         image_token_id=VisionLanguage.IMAGE_TOKEN,
         position_embedding=args.position_embedding_type,
-        rotary_base=args.rotary_base if theirs is None else theirs.rotary_base,
-        class_token=theirs is not None and theirs.class_token,
+        rotary_base=args.rotary_base,
         transformer_engine=args.transformer_impl == "transformer_engine",
         common=config_fields(args),
-        overrides=overrides,
+        overrides={
+            VISION: plain,
+            # A projector has no heads; Megatron wants as many as tensor-parallel ranks.
+            f"{VISION}_projection": {
+                **plain,
+                "num_attention_heads": args.tensor_model_parallel_size,
+            },
+            LANGUAGE: {"kv_channels": args.kv_channels},
+        },
         initialize=(
             partial(initialize_by_name, seed=args.seed) if args.use_cpu_initialization else None
         ),
+    )
+
+
+def vision_language_options(args: argparse.Namespace) -> ModelOptions:
+    """`model_options`, with what an imported model does otherwise."""
+    options = model_options(args)
+    if args.hf_model is None:
+        return options
+    theirs = read_model(args.hf_model, args.img_h).options
+    return replace(
+        options,
+        class_token=theirs.class_token,
+        rotary_base=theirs.rotary_base,
+        overrides={
+            name: {**one, **theirs.overrides[name]} for name, one in options.overrides.items()
+        },
     )
 
 
