@@ -6,7 +6,9 @@ r"""Four ranks on one GPU: PipeWeaver beside Megatron's interleaved function, me
 First every link of the pipeline carries a message, which tells in seconds whether NCCL takes ranks
 that share a device. Then a language model of real chunks trains by both schedule functions by
 turns; Megatron's function takes microbatches of one length, so text is what both can run. The same
-batches with images, ever another number of them, follow by PipeWeaver alone.
+batches with images, ever another number of them, follow by PipeWeaver alone. Plans come from a
+planner in the training process and from made-up costs, so PipeWeaver's times hold its search and
+schedules that know nothing of the GPU: more than it needs.
 """
 
 from __future__ import annotations
