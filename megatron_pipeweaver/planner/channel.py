@@ -6,6 +6,7 @@ planner does not read waits here.
 
 from __future__ import annotations
 
+import math
 import select
 import socket
 import struct
@@ -45,7 +46,7 @@ class Channel:
             left = None if until is None else until - time.monotonic()
             if left is not None and left < 0:
                 return
-            select.select([], [self._socket], [], left)
+            self._wait(select.POLLOUT, left)
             self._write()
 
     def receive(self, timeout_s: float | None) -> bytes | None:
@@ -53,19 +54,29 @@ class Channel:
         until = None if timeout_s is None else time.monotonic() + timeout_s
         while (message := self._next()) is None:
             left = None if until is None else max(0.0, until - time.monotonic())
-            writers = [self._socket] if self._outgoing else []
-            readable, writable, _ = select.select([self._socket], writers, [], left)
-            if writable:
+            wanted = select.POLLIN | (select.POLLOUT if self._outgoing else 0)
+            happened = self._wait(wanted, left)
+            if happened & select.POLLOUT:
                 self._write()
-            if readable:
+            if happened & ~select.POLLOUT:
                 self._read()
-            elif not writable and left is not None:
+            if not happened and left is not None:
                 return None
         return message
 
     def close(self) -> None:
         """Close the socket; the other end reads its end."""
         self._socket.close()
+
+    def _wait(self, events: int, timeout_s: float | None) -> int:
+        """Those of `events` that happened, or that the other end is gone; 0 for none in time.
+
+        By `poll`, since a rank of a large job has more than the 1024 descriptors of `select`.
+        """
+        waiting = select.poll()
+        waiting.register(self._socket, events)
+        found = waiting.poll(None if timeout_s is None else math.ceil(timeout_s * 1e3))
+        return found[0][1] if found else 0
 
     def _next(self) -> bytes | None:
         if len(self._incoming) < _LENGTH.size:

@@ -1,5 +1,7 @@
 """Messages over a socket: whole, in order, and never blocking the training's end."""
 
+import fcntl
+import resource
 import socket
 import time
 
@@ -84,3 +86,21 @@ def test_parts_of_another_size_are_refused():
     assert split_parts((1, 0, 2), b"abc") == (b"a", b"", b"bc")
     with pytest.raises(ConfigError, match="3 bytes behind an answer of 4"):
         split_parts((4,), b"abc")
+
+
+def test_a_rank_with_more_than_1024_open_files_still_talks_to_its_planner(ends):
+    channel, theirs = ends
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    try:
+        high = socket.socket(fileno=fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD, 1100))
+        with high:
+            receiver = Channel(high)
+            channel.send(b"hello")
+            assert receiver.receive(5) == b"hello"
+            assert receiver.receive(0) is None
+            receiver.send(b"back")
+            receiver.flush(5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert channel.receive(5) == b"back"
