@@ -8,11 +8,13 @@
 
 `run_on_ranks` wants every rank to return; `outcomes_of_ranks` hands back whatever each rank came
 to (tests of failures). Ranks are forked from one server process that has imported torch already,
-so that a run costs well under a second. The function must be importable (module level).
+so that a run costs well under a second. The function must be importable (module level). What a
+rank starts ends with the run: it stays in the rank's process group, which is killed as a whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import multiprocessing
@@ -170,8 +172,11 @@ def outcomes_of_ranks(
             process = context.Process(target=_rank_main, args=(job, note), daemon=True)
             process.start()
             ranks.append(_Rank(process=process, note=note))
-        _wait(ranks, started, deadline_s, grace_s)
-        return [_outcome(rank, one, directory, started) for rank, one in enumerate(ranks)]
+        try:
+            _wait(ranks, started, deadline_s, grace_s)
+            return [_outcome(rank, one, directory, started) for rank, one in enumerate(ranks)]
+        finally:
+            _end_groups(ranks)
 
 
 def _wait(ranks: Sequence[_Rank], started: float, deadline_s: float, grace_s: float) -> None:
@@ -202,6 +207,18 @@ def _kill(one: _Rank) -> None:
     one.process.join()
 
 
+def _end_groups(ranks: Sequence[_Rank]) -> None:
+    """Kill whatever the ranks have started and left, and the ranks themselves.
+
+    They end by `os._exit`, behind which no exit handler stops children: Megatron's checkpoints,
+    say, are written beside a `multiprocessing.Manager`, which waits for ever.
+    """
+    for one in ranks:
+        if one.process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(one.process.pid, signal.SIGKILL)
+
+
 def _outcome(rank: int, one: _Rank, directory: Path, started: float) -> Outcome:
     value: Any = None
     error: BaseException | None = None
@@ -227,6 +244,7 @@ def _outcome(rank: int, one: _Rank, directory: Path, started: float) -> Outcome:
 
 def _rank_main(job: _Job, note: Any) -> None:
     """The life of one rank's process; ends with `os._exit` so that no group is torn down."""
+    os.setpgid(0, 0)
     log = os.open(job.directory / f"rank{job.rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())

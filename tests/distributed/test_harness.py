@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +36,26 @@ def _one_dies(ctx: RankContext) -> int:
     if ctx.rank == 1:
         os._exit(7)
     return os.getpid()
+
+
+def _one_leaves_a_child(ctx: RankContext) -> int:
+    return subprocess.Popen(["sleep", "600"]).pid
+
+
+def _runs(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_a_run_leaves_no_process_behind() -> None:
+    children = run_on_ranks(_one_leaves_a_child, 2, initialise=False)
+    until = time.monotonic() + 10
+    while any(map(_runs, children)) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not any(map(_runs, children))
 
 
 def test_every_rank_returns() -> None:
