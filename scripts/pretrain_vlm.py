@@ -22,7 +22,7 @@ if not Path("/dev/nvidiactl").exists():
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.enums import ModelType
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from vlm_data import MicrobatchStream, SampleOptions, Samples
 
 from megatron_pipeweaver.errors import ConfigError, PipeWeaverError
@@ -31,7 +31,7 @@ from megatron_pipeweaver.plugin.providers import (
     WholeModel,
     add_vision_language_arguments,
 )
-from megatron_pipeweaver.plugin.training import megatron_training
+from megatron_pipeweaver.plugin.training import megatron_training, run_pretrain
 
 FAMILY = VisionLanguage()
 _EVALUATION_SEED = 1 << 20
@@ -53,23 +53,15 @@ def main() -> int:
 
 def run() -> None:
     """Megatron's own course of things."""
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
-
-    args = parse_and_validate_args(
-        extra_args_provider=add_arguments,
-        args_defaults={"tokenizer_type": "NullTokenizer", "dataloader_type": "external"},
-    )
     data_provider.is_distributed = True  # type: ignore[attr-defined]
     # Where Megatron is a fork that calls PipeWeaver itself (`patches/`).
     model_provider.pipeweaver_family = FAMILY  # type: ignore[attr-defined]
-    pretrain(
-        pretrain_cfg_container_from_args(args),
+    run_pretrain(
         data_provider,
-        ModelType.encoder_or_decoder,
         forward_step,
         model_provider,
+        extra_args_provider=add_arguments,
+        args_defaults={"tokenizer_type": "NullTokenizer", "dataloader_type": "external"},
     )
 
 
@@ -156,8 +148,30 @@ def loss_of_tokens(
     """The summed loss, how many tokens it is of, and both for Megatron's log."""
     mask = batch["loss_mask"]
     total, count = (losses.float() * mask).sum(), mask.sum()
+    refuse_wrong_loss(total)
     record = torch.stack([total.detach().clone(), count])
     return total, count.to(torch.int), {"lm loss": record}
+
+
+def refuse_wrong_loss(loss: torch.Tensor) -> None:
+    """Show the loss to Megatron's rerun state machine, as its own scripts do.
+
+    With ``--check-for-nan-in-loss-and-grad``, which is on unless it is turned off, a loss that is
+    no number ends the job, after a second run of the iteration where ``--rerun-mode`` says so.
+    """
+    from megatron.training import get_args
+
+    if not get_args().check_for_nan_in_loss_and_grad:
+        return
+    checks = {"NaN": torch.isnan, "Inf": torch.isinf}
+    for name, check in checks.items():
+        get_rerun_state_machine().validate_result(
+            result=loss.detach().clone(),  # Megatron divides the loss in place
+            rejection_func=check,
+            message=f"found {name} in local forward loss calculation",
+            tolerance=0.0,
+            fatal=True,
+        )
 
 
 if __name__ == "__main__":

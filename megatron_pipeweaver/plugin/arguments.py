@@ -325,6 +325,7 @@ def _several(value: Any) -> bool:
 
 
 _OWN_CUT = "PipeWeaver cuts the modules itself; use --pipeweaver-segments instead"
+_NO_GRAPH = "every iteration has another schedule, which a graph cannot replay; leave it out"
 _OWN_ORDER = "it assumes Megatron's own order of microbatches; leave it out"
 _REFUSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "num_layers_per_virtual_pipeline_stage": (_set, _OWN_CUT),
@@ -344,15 +345,15 @@ _REFUSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         _set,
         "PipeWeaver chooses per pass which layers are recomputed; leave it out",
     ),
-    "cuda_graph_impl": (
-        lambda value: value not in (None, "none"),
-        "every iteration has another schedule, which a graph cannot replay; leave it out",
-    ),
+    "cuda_graph_impl": (lambda value: value not in (None, "none"), _NO_GRAPH),
+    "enable_cuda_graph": (_set, _NO_GRAPH),
+    "external_cuda_graph": (_set, _NO_GRAPH),
     "use_torch_fsdp2": (_set, "chunks are wrapped in Megatron's DDP; leave it out"),
     "use_megatron_fsdp": (_set, "chunks are wrapped in Megatron's DDP; leave it out"),
     "context_parallel_size": (
         _several,
-        "chunks are not split along the sequence; give --context-parallel-size 1",
+        "chunks are not split along the sequence, for which Megatron's layers need Transformer "
+        "Engine; give --context-parallel-size 1",
     ),
     "num_experts": (_set, "chunks have no mixture of experts; leave it out"),
     "multi_latent_attention": (_set, "chunks have no latent attention; leave it out"),

@@ -55,6 +55,12 @@ def describe_batch(
     return BatchMetadata(microbatches=tuple(describe(one) for one in loaded))
 
 
+def is_replaying(data_iterator: DataIterator) -> bool:
+    """Whether Megatron's rerun state machine has wound the iterator back for a second run."""
+    source = _first_iterator(data_iterator)
+    return isinstance(source, RerunDataIterator) and bool(source.replaying)
+
+
 class LoaderState(TypedDict):
     """How far an iterator has been read: the state of its source, and `skip` items from there on.
 

@@ -6,19 +6,15 @@ call the three functions of this file, and `get_forward_backward_func` asks for 
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from megatron.core import parallel_state
-
 from megatron_pipeweaver.plugin.arguments import (
     add_pipeweaver_arguments,
     read_arguments,
-    settle_virtual_size,
 )
 from megatron_pipeweaver.plugin.dry_run import plan_batches
 from megatron_pipeweaver.plugin.llava import Llava
@@ -26,6 +22,7 @@ from megatron_pipeweaver.plugin.providers import ModelFamily
 from megatron_pipeweaver.plugin.training import (
     planner_settings,
     scheduled,
+    settle,
     staged_provider,
     validation_hook,
 )
@@ -65,17 +62,9 @@ def attach_pipeweaver(
         planned = plan_batches(ours.dry_run, args, settings, family.describe(args), data_provider)
         print_rank_0(planned)
         sys.exit()
-    _settle(args, settings.layout.virtual_size)
+    settle(args, settings.layout.virtual_size)
     training = contextlib.ExitStack()
     training.enter_context(scheduled(args, ours, settings, family))
     # Megatron ends a training by returning, and by leaving the process.
     atexit.register(training.close)
     return family.provider(args, settings.layout, model_provider), staged_provider(data_provider)
-
-
-def _settle(args: argparse.Namespace, virtual_size: int) -> None:
-    """As many chunks per rank in the arguments, and in Megatron's state that was made of them."""
-    settle_virtual_size(args, virtual_size)
-    if virtual_size > 1:
-        parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual_size)
-        parallel_state.set_virtual_pipeline_model_parallel_rank(0)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, final
+from typing import Any, final
 
 import torch
 from megatron.core import parallel_state
@@ -51,12 +52,6 @@ class Llava:
 
     def spec(self, args: argparse.Namespace) -> ModelSpec:
         """The ViT and the language model, both as wide as the arguments say."""
-        for flag in ("freeze_LM", "freeze_ViT"):
-            if getattr(args, flag, False):
-                raise ConfigError(
-                    f"--{flag.replace('_', '-')} with --pipeweaver: parts of a module cannot be "
-                    "frozen; leave it out"
-                )
         common: dict[str, Any] = {
             "hidden_size": args.hidden_size,
             "ffn_hidden_size": args.ffn_hidden_size,
@@ -122,13 +117,14 @@ class Llava:
         spec = self.spec(args)
 
         def build(groups: Any) -> list[ModelChunk]:
-            given = captured(args, original)
+            given, frozen = captured(args, original)
             chunks = [
                 _CHUNKS[place.module](_setting(spec, layout, place, given, groups), given)
                 for place in layout.chunks_of_rank(groups.pp.rank())
             ]
             if args.use_cpu_initialization:
                 copy_initial_values(chunks, given, groups, args.seed)
+            freeze(chunks, frozen)
             return chunks
 
         return ChunkSeries(build)
@@ -149,27 +145,43 @@ class Llava:
         return Item(units=patches + 1, tokens=tokens)
 
 
-class _CapturedError(Exception):
-    """Ends a provider where it would have made its model."""
+def captured(
+    args: argparse.Namespace, provider: Callable[..., Any]
+) -> tuple[dict[str, Any], frozenset[str]]:
+    """What `provider` makes a `LLaVAModel` from, on one pipeline rank, and what it freezes of it.
 
+    The provider may change sequence lengths in Megatron's arguments, which is meant to stay. What
+    it makes is a model without parts, which can be frozen and handed back, and no more.
 
-def captured(args: argparse.Namespace, provider: Callable[..., Any]) -> dict[str, Any]:
-    """What `provider` hands to `LLaVAModel`, on one pipeline rank.
-
-    The provider may change sequence lengths in Megatron's arguments, which is meant to stay.
+    Returns:
+        What it hands to `LLaVAModel`, by parameter, and the names of the parts that are frozen.
 
     Raises:
-        ConfigError: it makes no `LLaVAModel`, or one of a kind that is not cut.
+        ConfigError: it makes no `LLaVAModel`, one of a kind that is not cut, or changes it.
     """
     given: dict[str, Any] = {}
+    frozen: dict[str, bool] = {}
+    parameters = inspect.signature(LLaVAModel.__init__)
 
-    def capture(self: Any, **named: Any) -> NoReturn:
+    def capture(self: Any, *positional: Any, **named: Any) -> None:
+        torch.nn.Module.__init__(self)
+        given.update(parameters.bind(self, *positional, **named).arguments)
+        del given["self"]
+
+    def note_frozen(
+        self: Any,
+        freeze_language_model: bool,
+        freeze_vision_model: bool,
+        freeze_vision_projection: bool,
+    ) -> None:
         del self
-        given.update(named)
-        raise _CapturedError
+        frozen["language_model"] = freeze_language_model
+        frozen["vision_model"] = freeze_vision_model
+        frozen["vision_projection"] = freeze_vision_projection
 
     patches = [
         Patch(LLaVAModel, "__init__", capture),
+        Patch(LLaVAModel, "freeze", note_frozen),
         Patch(args, "pipeline_model_parallel_size", 1),
         Patch(args, "virtual_pipeline_model_parallel_size", None),
         Patch(parallel_state, "is_pipeline_first_stage", lambda *_, **__: True),
@@ -178,8 +190,13 @@ def captured(args: argparse.Namespace, provider: Callable[..., Any]) -> dict[str
     try:
         with PatchSet(patches):
             provider()
-    except _CapturedError:
-        pass
+    except AttributeError as error:
+        if not given:
+            raise
+        raise ConfigError(
+            f"--pipeweaver: the script's model provider changes the LLaVAModel that it made "
+            f"({error}), which chunks cannot follow; have it freeze parts of it and no more"
+        ) from error
     if not given:
         raise ConfigError(
             "--pipeweaver: the script's model provider makes no LLaVAModel, and no other model "
@@ -190,7 +207,15 @@ def captured(args: argparse.Namespace, provider: Callable[..., Any]) -> dict[str
             raise ConfigError(f"--pipeweaver: a LLaVAModel with {name} cannot be cut; leave it out")
     if getattr(given["vision_transformer_config"], "vision_model_type", "clip") != "clip":
         raise ConfigError("--pipeweaver: only a LLaVAModel with a CLIP encoder can be cut")
-    return given
+    return given, frozenset(name for name, is_frozen in frozen.items() if is_frozen)
+
+
+def freeze(chunks: Sequence[ModelChunk], parts: Collection[str]) -> None:
+    """Have no parameter of `parts`, named as in `LLaVAModel`, trained."""
+    for chunk in chunks:
+        for name, child in chunk.named_children():
+            if name in parts:
+                child.requires_grad_(False)
 
 
 def _setting(spec: ModelSpec, layout: ChunkLayout, place: Any, given: Given, groups: Any) -> Any:

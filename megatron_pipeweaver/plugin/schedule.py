@@ -29,6 +29,7 @@ from megatron_pipeweaver.plugin.data import (
     DescribeMicrobatch,
     LookAhead,
     describe_batch,
+    is_replaying,
 )
 from megatron_pipeweaver.plugin.gathers import gathered_parameters
 from megatron_pipeweaver.plugin.stages import MegatronStages, StepContext
@@ -112,6 +113,7 @@ class PipeWeaverSchedule:
         self._wait_timeout = wait_timeout
         self._watch = watch or WatchConfig()
         self._communicators: Communicators | None = None
+        self._made: tuple[PlanAnswer | None, bytes] | None = None
         self._iteration = 0
 
     @property
@@ -159,9 +161,11 @@ class PipeWeaverSchedule:
         if self._communicators is None:
             self._communicators = connect(groups.pp, self._wait_timeout, self._watch)
         with _timed(config):
+            again = is_replaying(data_iterator)
             load = self._load(data_iterator, num_microbatches)
-            received, answer = self._plan_for(load, forward_only, self._communicators)
-            self._request_next(data_iterator, num_microbatches, forward_only)
+            received, answer = self._plan_for(load, forward_only, self._communicators, again)
+            if not again:
+                self._request_next(data_iterator, num_microbatches, forward_only)
             context = StepContext(
                 forward_step_func=forward_step_func,
                 model=chunks,
@@ -206,16 +210,20 @@ class PipeWeaverSchedule:
         return _Load(microbatches=microbatches, batch=batch)
 
     def _plan_for(
-        self, load: _Load, forward_only: bool, ranks: Communicators
+        self, load: _Load, forward_only: bool, ranks: Communicators, again: bool
     ) -> tuple[ReceivedPlan, PlanAnswer | None]:
         """The plan for exactly this batch, equal on every rank that runs it.
 
+        An iteration that Megatron has run `again`, to see whether its results come back, has the
+        plan that it had: results are compared in the order in which they come.
         Whatever fails on one rank is told to all in one exchange, so that none waits for it.
         """
         answer = None
         message = None
         if self._plans():
-            answer, message = self._make_plan(load, forward_only)
+            if self._made is None or not again:
+                self._made = self._make_plan(load, forward_only)
+            answer, message = self._made
         data = broadcast_bytes(message, ranks.control, ranks.planning_rank)
         received, failure = None, load.failure
         held = {"plan": "", "batch": "" if load.batch is None else batch_digest(load.batch)}

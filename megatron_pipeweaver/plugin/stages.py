@@ -152,8 +152,10 @@ class MegatronStages:
         """
         del strategy  # it was baked into the graph by the forward
         entry, output, left_out, offload = self._alive.pop((op.owner, op.stage))
-        if not output_grads and not self._makes_loss(op):
-            # Every consumer is frozen: nothing flows back, the parameters keep zero gradients.
+        unused = not output_grads and not self._makes_loss(op)
+        if unused or not output.requires_grad:
+            # Every consumer is frozen, or all that made the output is: nothing flows back, the
+            # parameters keep zero gradients.
             return entry.zeros()
         output_grad = sum_in_order(output_grads)
         offload.prefetch()

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import functools
 import inspect
 import logging
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from megatron.core.models.vision.clip_vit_model import CLIPViTModel
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
 
 from megatron_pipeweaver.errors import ConfigError, UnsupportedMegatronError
 from megatron_pipeweaver.ir.cluster import ParallelSizes
@@ -40,6 +38,7 @@ from megatron_pipeweaver.plugin.arguments import (
     read_arguments,
     settle_virtual_size,
 )
+from megatron_pipeweaver.plugin.cpu_training import cpu_training_patches
 from megatron_pipeweaver.plugin.data import data_state_hook
 from megatron_pipeweaver.plugin.dry_run import plan_batches, play_first_rank
 from megatron_pipeweaver.plugin.install import install, is_patched_fork, run_on_cpu, uninstall
@@ -47,6 +46,7 @@ from megatron_pipeweaver.plugin.journal import Journal, megatron_writer
 from megatron_pipeweaver.plugin.patching import Patch, PatchSet
 from megatron_pipeweaver.plugin.providers import ModelFamily
 from megatron_pipeweaver.plugin.schedule import PipeWeaverSchedule
+from megatron_pipeweaver.plugin.torch_adam import torch_adam_patches
 from megatron_pipeweaver.semu.devices import DeviceProfile, load_device, shipped_devices
 from megatron_pipeweaver.semu.memory import (
     OptimizerOptions,
@@ -66,7 +66,6 @@ _LOCAL_STRATEGIES = (
 """What Megatron's own layers are planned with."""
 _ENGINE_STRATEGIES = (LayerStrategy.KEEP, LayerStrategy.RECOMPUTE, LayerStrategy.ATTENTION)
 """And Transformer Engine's, whose norms are parts of the linears behind them."""
-_CPU_PROPERTIES = types.SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0)
 
 
 @contextlib.contextmanager
@@ -99,12 +98,15 @@ def training_patches(family: ModelFamily) -> list[Patch]:
         )
     import megatron.training
     from megatron.core.datasets import utils as dataset_utils
-    from megatron.training import arguments, checkpointing, training
+    from megatron.training import arguments, checkpointing, initialize, training
 
     pretrain = pretrain_hook(training.pretrain, family)
+    validate = validation_hook(arguments.validate_args)
+    # core_v0.16 validates where it initializes, by a name of its own.
+    validating = [one for one in (arguments, initialize) if hasattr(one, "validate_args")]
     hooks = [
         Patch(arguments, "add_megatron_arguments", parser_hook(arguments.add_megatron_arguments)),
-        Patch(arguments, "validate_args", validation_hook(arguments.validate_args)),
+        *(Patch(module, "validate_args", validate) for module in validating),
         Patch(training, "pretrain", pretrain),
         Patch(megatron.training, "pretrain", pretrain),
     ]
@@ -116,7 +118,8 @@ def training_patches(family: ModelFamily) -> list[Patch]:
             data_state_hook(checkpointing.maybe_save_dataloader_state),
         ),
         Patch(dataset_utils, "compile_helpers", built_helpers_hook(dataset_utils.compile_helpers)),
-        *_cpu_training_patches(training),
+        *torch_adam_patches(),
+        *cpu_training_patches(training),
     ]
 
 
@@ -157,38 +160,94 @@ def pretrain_hook(original: Callable[..., Any], family: ModelFamily) -> Callable
 
     @functools.wraps(original)
     def pretrain(*positional: Any, **named: Any) -> Any:
-        from megatron.training import get_args, print_rank_0, training
-
-        args = get_args()
-        ours = read_arguments(args)
-        if ours is None:
-            return original(*positional, **named)
         call = signature.bind(*positional, **named)
-        settings = planner_settings(args, ours, family)
-        settle_virtual_size(args, settings.layout.virtual_size)
-        given = call.arguments
-        if ours.dry_run is not None:
-            training.initialize_megatron()
-            print_rank_0(
-                plan_batches(
-                    ours.dry_run,
-                    args,
-                    settings,
-                    family.describe(args),
-                    given["train_valid_test_dataset_provider"],
-                )
-            )
-            return None
-        given["model_provider"] = family.provider(
-            args, settings.layout, given.get("model_provider")
-        )
-        given["train_valid_test_dataset_provider"] = staged_provider(
-            given["train_valid_test_dataset_provider"]
-        )
-        with scheduled(args, ours, settings, family):
-            return original(*call.args, **call.kwargs)
+        with initialized(call.arguments) if parses_itself(original) else contextlib.nullcontext():
+            return pretrain_in_chunks(original, call, family)
 
     return pretrain
+
+
+def pretrain_in_chunks(
+    original: Callable[..., Any], call: inspect.BoundArguments, family: ModelFamily
+) -> Any:
+    """Megatron's `pretrain`, its arguments known, with what PipeWeaver puts in its places."""
+    from megatron.training import get_args, print_rank_0, training
+
+    args = get_args()
+    ours = read_arguments(args)
+    if ours is None:
+        return original(*call.args, **call.kwargs)
+    settings = planner_settings(args, ours, family)
+    settle(args, settings.layout.virtual_size)
+    given = call.arguments
+    provider = given["train_valid_test_dataset_provider"]
+    if ours.dry_run is not None:
+        if not parallel_state.is_initialized():
+            training.initialize_megatron()
+        print_rank_0(plan_batches(ours.dry_run, args, settings, family.describe(args), provider))
+        return None
+    given["model_provider"] = family.provider(args, settings.layout, given.get("model_provider"))
+    given["train_valid_test_dataset_provider"] = staged_provider(provider)
+    with scheduled(args, ours, settings, family):
+        return original(*call.args, **call.kwargs)
+
+
+def settle(args: argparse.Namespace, virtual_size: int) -> None:
+    """As many chunks per rank in the arguments, and in Megatron's state where it is made."""
+    settle_virtual_size(args, virtual_size)
+    if virtual_size > 1 and parallel_state.is_initialized():
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual_size)
+        parallel_state.set_virtual_pipeline_model_parallel_rank(0)
+
+
+def parses_itself(pretrain: Callable[..., Any]) -> bool:
+    """Whether `pretrain` reads the command line, as in core_v0.16; later the script does."""
+    return "extra_args_provider" in inspect.signature(pretrain).parameters
+
+
+@contextlib.contextmanager
+def initialized(given: Mapping[str, Any]) -> Iterator[None]:
+    """Megatron initialized as its `pretrain`, called with `given`, would do it first thing.
+
+    So that its arguments are known when `pretrain` begins, which then leaves that out.
+    """
+    from megatron.training import training
+
+    names = inspect.signature(training.initialize_megatron).parameters
+    training.initialize_megatron(**{name: one for name, one in given.items() if name in names})
+    with PatchSet([Patch(training, "initialize_megatron", lambda **_: None)]):
+        yield
+
+
+def run_pretrain(
+    data_provider: Callable[..., Any],
+    forward_step: Callable[..., Any],
+    model_provider: Callable[..., Any],
+    *,
+    extra_args_provider: Callable[..., Any],
+    args_defaults: Mapping[str, Any],
+) -> None:
+    """Call Megatron's `pretrain` in the manner of its version.
+
+    Args:
+        data_provider: makes the data sets, or iterators.
+        forward_step: one microbatch through the model.
+        model_provider: makes the model.
+        extra_args_provider: adds the script's own flags to Megatron's parser.
+        args_defaults: what flags are where the command line does not say.
+    """
+    from megatron.training import pretrain
+
+    kind = ModelType.encoder_or_decoder
+    own = {"extra_args_provider": extra_args_provider, "args_defaults": dict(args_defaults)}
+    if parses_itself(pretrain):
+        pretrain(data_provider, model_provider, kind, forward_step, **own)
+        return
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    config = pretrain_cfg_container_from_args(parse_and_validate_args(**own))
+    pretrain(config, data_provider, kind, forward_step, model_provider)
 
 
 def staged_provider(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -364,66 +423,3 @@ def built_helpers_hook(original: Callable[[], None]) -> Callable[[], None]:
             original()
 
     return compile_helpers
-
-
-def _cpu_training_patches(training: Any) -> list[Patch]:
-    """What `megatron.training` needs on a machine without a GPU; nothing where CUDA is there."""
-    if torch.cuda.is_available():
-        return []
-    initialize = training.initialize_megatron
-    return [
-        Patch(training, "initialize_megatron", functools.partial(initialize, allow_no_cuda=True)),
-        # It warms fused kernels up in bf16.
-        Patch(training, "set_jit_fusion_options", _nothing),
-        # Megatron sets its parallel state and its seeds up where it counts a device.
-        Patch(torch.cuda, "device_count", lambda: 1),
-        # With sequence parallelism, it asks for the device's generation.
-        Patch(torch.cuda, "get_device_properties", lambda device=None: _CPU_PROPERTIES),
-        Patch(CLIPViTModel, "__init__", plain_norm_hook(CLIPViTModel.__init__)),
-        Patch(WrappedTorchNorm, "__new__", sharded_norm_hook(WrappedTorchNorm.__new__)),
-    ]
-
-
-def sharded_norm_hook(original: Callable[..., torch.nn.Module]) -> Any:
-    """`WrappedTorchNorm.__new__` that takes sequence parallelism as the fused norms do.
-
-    Each rank norms its share of the sequence, so its parameters' gradients are shares as well;
-    those that are marked are summed by Megatron when it finalises gradients.
-    """
-
-    @functools.wraps(original)
-    def make(kind: type, config: Any, *more: Any, **named: Any) -> torch.nn.Module:
-        if not config.sequence_parallel:
-            return original(kind, config, *more, **named)
-        alone = copy.copy(config)
-        alone.sequence_parallel = False
-        norm = original(kind, alone, *more, **named)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = True  # type: ignore[attr-defined]
-        return norm
-
-    return staticmethod(make)
-
-
-def plain_norm_hook(original: Callable[..., None]) -> Callable[..., None]:
-    """`CLIPViTModel.__init__` whose default norms take what Megatron calls them with.
-
-    Without Transformer Engine the defaults are `torch.nn.LayerNorm`, which does not.
-    """
-    signature = inspect.signature(original)
-    norms = {
-        name: WrappedTorchNorm
-        for name, one in signature.parameters.items()
-        if one.default is torch.nn.LayerNorm
-    }
-
-    @functools.wraps(original)
-    def initialize(*positional: Any, **named: Any) -> None:
-        given = signature.bind(*positional, **named).arguments
-        original(*positional, **named, **{k: v for k, v in norms.items() if k not in given})
-
-    return initialize
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None

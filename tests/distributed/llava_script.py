@@ -28,7 +28,7 @@ def model_provider(pre_process=True, post_process=True, config=None, pg_collecti
     vision.num_layers = args.encoder_num_layers
     vision.vision_model_type = "clip"
     layer = decoder_model_with_local_default_spec(None, False)
-    return LLaVAModel(
+    model = LLaVAModel(
         language_transformer_config=language,
         language_transformer_layer_spec=layer,
         language_vocab_size=args.padded_vocab_size,
@@ -46,6 +46,18 @@ def model_provider(pre_process=True, post_process=True, config=None, pg_collecti
         img_w=args.img_w,
         patch_dim=args.patch_dim,
     )
+    model.freeze(
+        freeze_language_model=args.freeze_LM,
+        freeze_vision_model=args.freeze_ViT,
+        freeze_vision_projection=False,
+    )
+    return model
+
+
+def add_arguments(parser):
+    parser.add_argument("--freeze-LM", action="store_true")
+    parser.add_argument("--freeze-ViT", action="store_true")
+    return parser
 
 
 def microbatches(size):
@@ -57,11 +69,12 @@ def microbatches(size):
     while True:
         draw = torch.Generator().manual_seed(number)
         tokens = torch.randint(0, 60, (size, TEXT + 1), generator=draw)
-        tokens[:, 2] = DEFAULT_IMAGE_TOKEN_INDEX
+        images = number % 3
+        tokens[:, 2 : 2 + 2 * images : 2] = DEFAULT_IMAGE_TOKEN_INDEX
         yield {
             "tokens": tokens[:, :-1],
             "labels": tokens[:, 1:].clamp(min=0),
-            "image": torch.randn(size, 3, 8, 8, generator=draw),
+            "image": torch.randn(size * images, 3, 8, 8, generator=draw),
             "loss_mask": (tokens[:, :-1] >= 0).float(),
             "position_ids": torch.arange(TEXT).repeat(size, 1),
         }
@@ -95,7 +108,8 @@ def forward_step(data_iterator, model):
 if __name__ == "__main__":
     datasets_provider.is_distributed = True
     args = parse_and_validate_args(
-        args_defaults={"tokenizer_type": "NullTokenizer", "dataloader_type": "external"}
+        extra_args_provider=add_arguments,
+        args_defaults={"tokenizer_type": "NullTokenizer", "dataloader_type": "external"},
     )
     args.dataloader_seq_length = TEXT
     pretrain(

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.plugin.arguments import (
+    _REFUSED,
     WAIT,
     Fallback,
     PipeWeaverArguments,
@@ -197,6 +198,33 @@ def test_what_cannot_work_together_is_refused(arguments, message):
     with pytest.raises(ConfigError, match=message) as refusal:
         check_combinations(args, PipeWeaverArguments())
     assert "\n" not in str(refusal.value)
+
+
+REFUSED_VALUES = {
+    "num_layers_per_virtual_pipeline_stage": 1,
+    "num_virtual_stages_per_pipeline_rank": 2,
+    "pipeline_model_parallel_layout": "E|t*3",
+    "decoder_first_pipeline_num_layers": 3,
+    "decoder_last_pipeline_num_layers": 3,
+    "recompute_granularity": "selective",
+    "cuda_graph_impl": "local",
+    "context_parallel_size": 2,
+    "num_experts": 8,
+    "mtp_num_layers": 1,
+}
+"""Values of the arguments that are no switches."""
+
+
+@pytest.mark.parametrize("name", list(_REFUSED))
+def test_every_argument_that_is_refused_is_named_with_what_to_do(name):
+    refused = megatron(**{name: REFUSED_VALUES.get(name, True)})
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(
+        ConfigError, match=f"^{flag}.* with --pipeweaver: .*(leave it out|use|give)"
+    ):
+        check_combinations(refused, PipeWeaverArguments())
+    off = megatron(**{name: 1 if name == "context_parallel_size" else None})
+    check_combinations(off, PipeWeaverArguments())
 
 
 def test_what_can_work_together_passes():

@@ -1,0 +1,45 @@
+"""Jobs that several files ask for run once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.harness import run_on_ranks
+from tests.distributed.jobs import CONFIG, RUNS
+from tests.distributed.pretraining import ENVIRONMENT, Heard, train
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Jobs:
+    """What the last rank, which makes the loss in every layout, heard of each job of `RUNS`.
+
+    `directory` holds what they wrote.
+    """
+
+    heard: Mapping[str, Heard]
+    directory: Path
+
+
+@pytest.fixture(scope="session")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """All jobs, one after the other on the same four ranks, which start up once."""
+    if find_spec("megatron.training") is None:
+        pytest.skip("this megatron-core has no megatron.training")
+    pytest.importorskip("psutil", reason="Megatron writes checkpoints with psutil")
+    pytest.importorskip("tensorboard", reason="Megatron writes numbers with it")
+    directory = tmp_path_factory.mktemp("jobs")
+    (directory / "pipeweaver.json").write_text(CONFIG)
+    found = run_on_ranks(
+        train,
+        4,
+        RUNS,
+        directory,
+        deadline_s=840,
+        environment=ENVIRONMENT,
+    )
+    return Jobs(heard=found[-1], directory=directory)

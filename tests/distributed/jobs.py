@@ -1,0 +1,123 @@
+"""The jobs whose losses the tests of Megatron's training loop compare, by name."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+
+from tests.distributed.pretraining import Run
+
+WAITING = shlex.split(
+    "--pipeweaver --pipeweaver-fallback wait --pipeweaver-search-seconds 0.02 "
+    "--pipeweaver-sub-microbatch vision=2"
+)
+OVERLAP = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+STORED = shlex.split("--ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable")
+SAVED, LOADED = (
+    [*STORED, "--save", "{directory}/pipeweaver", "--save-interval", "10"],
+    [*STORED, "--load", "{directory}/pipeweaver", "--ckpt-step", "10"],
+)
+TEXT_SAVED, TEXT_LOADED = (
+    ["--ckpt-format", "torch_dist", "--save", "{directory}/text", "--save-interval", "10"],
+    ["--ckpt-format", "torch_dist", "--load", "{directory}/text", "--ckpt-step", "10"],
+)
+"""The distributed optimizer's usual format, which goes on in the same layout only."""
+TENSOR_TWO = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+
+
+def pipeline(size: int, *more: str) -> list[str]:
+    """Flags of a job with PipeWeaver on `size` pipeline ranks that waits for its plans."""
+    return ["--pipeline-model-parallel-size", str(size), *WAITING, *more]
+
+
+TWO = pipeline(
+    2, *OVERLAP, "--pipeweaver-deterministic", "--pipeweaver-segments", "vision=1,language=2"
+)
+PLAIN: Mapping[str, Run] = {
+    "plain": Run(flags=()),
+    "plain, text": Run(flags=(), images=0),
+}
+"""Megatron without PipeWeaver: one pipeline rank, four replicas, the same batches."""
+IMAGES: Mapping[str, Run] = {
+    "PP 2 x DP 2, overlap": Run(flags=[*TWO, *SAVED]),
+    "PP 2 x TP 2, sequence parallel": Run(flags=pipeline(2, *TENSOR_TWO)),
+    "PP 4": Run(flags=pipeline(4, "--pipeweaver-segments", "vision=1,language=1")),
+}
+TEXT: Mapping[str, Run] = {
+    "PP 2 x DP 2, overlap, text": Run(flags=[*TWO, *TEXT_SAVED], images=0),
+    "PP 2 x TP 2, sequence parallel, text": Run(flags=pipeline(2, *TENSOR_TWO), images=0),
+    "PP 4, text": Run(flags=pipeline(4), images=0),
+}
+RESUMED: Mapping[str, Run] = {
+    "resumed": Run(flags=[*TWO, *LOADED]),
+    "resumed, text": Run(flags=[*TWO, *TEXT_LOADED], images=0),
+    "resumed, PP 4": Run(flags=pipeline(4, "--use-distributed-optimizer", *LOADED)),
+    "resumed, plain": Run(
+        flags=[
+            *("--use-distributed-optimizer", *LOADED),
+            *("--save", "{directory}/plain", "--save-interval", "15"),
+        ]
+    ),
+    "resumed, and back": Run(
+        flags=[
+            *pipeline(2, *OVERLAP, "--pipeweaver-segments", "vision=1,language=1"),
+            *(*STORED, "--load", "{directory}/plain", "--ckpt-step", "15"),
+        ]
+    ),
+}
+
+RAMPED = ["--calculate-per-token-loss", "--clip-grad", "0.5"]
+SAMPLES = [
+    *("--train-samples", "48", "--eval-interval", "8", "--eval-global-batch-size", "4"),
+    *("--step-batch-size-schedule", "0:4 512:8"),  # in tokens: 8 samples from the 17th on
+]
+WRITING = shlex.split(
+    "--tensorboard-dir {directory}/board --log-timers-to-tensorboard --timing-log-level 1 "
+    "--wandb-project project --wandb-exp-name name --wandb-save-dir {directory}/wandb "
+    "--pipeweaver --pipeweaver-config {directory}/pipeweaver.json "
+    "--pipeweaver-trace-dir {directory}/traces"
+)
+CONFIG = '{"search_seconds": 0.02, "sub_microbatch": {"vision": 2}, "segments": {"language": 2}}'
+"""What stands in ``{directory}/pipeweaver.json``."""
+FP16 = shlex.split(
+    "--fp16 --initial-loss-scale 4096 --hysteresis 1 --loss-scale-window 2 "
+    "--calculate-per-token-loss --accumulate-allreduce-grads-in-fp32"
+)
+"""So that what overflows does not depend on how many microbatches a replica has."""
+FROZEN = ["--freeze-ViT"]
+DUTIES: Mapping[str, Run] = {
+    "plain, ramped": Run(flags=RAMPED, length=SAMPLES),
+    "ramped": Run(
+        flags=["--pipeline-model-parallel-size", "2", *OVERLAP, *RAMPED, *WRITING], length=SAMPLES
+    ),
+    "plain, bf16": Run(flags=["--bf16"], iterations=4),
+    "bf16": Run(flags=pipeline(4, "--bf16"), iterations=4),
+    "plain, fp16": Run(flags=FP16, iterations=5),
+    "fp16": Run(flags=pipeline(2, *OVERLAP, *FP16), iterations=5),
+    "plain, frozen": Run(flags=FROZEN, iterations=3),
+    "frozen, run twice": Run(flags=pipeline(2, *OVERLAP, *FROZEN), iterations=3, suspicious=True),
+    "poisoned": Run(
+        flags=[
+            *pipeline(2, *OVERLAP, *STORED, "--save", "{directory}/poisoned"),
+            *("--save-interval", "10", "--rerun-mode", "validate_results"),
+        ],
+        iterations=3,
+        poisoned=2,
+    ),
+}
+UNTIED = ["--untie-embeddings-and-output-weights"]
+LLAVA_LAYOUTS: Mapping[str, list[str]] = {
+    "PP 2 x DP 2": pipeline(2, *UNTIED, *OVERLAP),
+    "PP 4": [*pipeline(4, *UNTIED), "--pipeweaver-fallback", "static"],
+}
+LLAVA: Mapping[str, Run] = {
+    f"llava{name}, {layout}": Run(flags=[*flags, *more], iterations=3, script="llava_script.py")
+    for layout, flags in {"plain": UNTIED, **LLAVA_LAYOUTS}.items()
+    for name, more in {
+        "": [],
+        " frozen LM": ["--freeze-LM"],
+        " frozen ViT": ["--freeze-ViT"],
+    }.items()
+    if layout != "PP 4" or not more
+}
+RUNS: Mapping[str, Run] = {**PLAIN, **IMAGES, **TEXT, **RESUMED, **DUTIES, **LLAVA}
