@@ -15,6 +15,7 @@ TWO_ENCODERS = Case(
     options=sounds.TWO_ENCODERS,
     describe=sounds.describe,
     draw=sounds.random_mixes,
+    split=True,
 )
 ONE_ENCODER_FROZEN = Case(
     spec=sounds.vision_audio_language(frozen=True),
@@ -27,6 +28,7 @@ VIDEOS = Case(
     spec=videos.text_to_video(),
     layout=cut(2, text=(1, 1), video=(1, 1, 0, 1)),
     options=videos.OPTIONS,
+    split=True,
     describe=videos.describe,
     draw=videos.random_clips,
 )
