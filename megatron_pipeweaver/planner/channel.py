@@ -75,7 +75,10 @@ class Channel:
         """
         waiting = select.poll()
         waiting.register(self._socket, events)
-        found = waiting.poll(None if timeout_s is None else math.ceil(timeout_s * 1e3))
+        longest_ms = (1 << 31) - 1
+        found = waiting.poll(
+            None if timeout_s is None else min(longest_ms, math.ceil(timeout_s * 1e3))
+        )
         return found[0][1] if found else 0
 
     def _next(self) -> bytes | None:

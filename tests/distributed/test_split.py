@@ -15,8 +15,8 @@ from megatron_pipeweaver.models.build import build_chunks
 from megatron_pipeweaver.models.parameters import global_parameters
 from megatron_pipeweaver.plugin import compat
 from megatron_pipeweaver.plugin.cpu import cpu_patches
+from megatron_pipeweaver.plugin.cpu_training import sharded_norm_hook
 from megatron_pipeweaver.plugin.patching import Patch, PatchSet
-from megatron_pipeweaver.plugin.training import sharded_norm_hook
 from tests.distributed.harness import RankContext, run_on_ranks
 from tests.unit.models.examples import OPTIONS, batch, cut, language_only
 

@@ -14,20 +14,21 @@ QUICKSTART = Path(__file__).parents[3] / "scripts" / "quickstart"
 
 @pytest.fixture(scope="session")
 def digits() -> ModuleType:
-    return _module("digits")
+    return script_module("digits")
 
 
 @pytest.fixture(scope="session")
 def recipe() -> ModuleType:
-    return _module("recipe")
+    return script_module("recipe")
 
 
 @pytest.fixture(scope="session")
 def vlm_energon() -> ModuleType:
-    return _module("vlm_energon", QUICKSTART.parent)
+    return script_module("vlm_energon", QUICKSTART.parent)
 
 
-def _module(name: str, folder: Path = QUICKSTART) -> ModuleType:
+def script_module(name: str, folder: Path = QUICKSTART) -> ModuleType:
+    """A module of the scripts, as a script beside it would import it."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     return importlib.import_module(name)

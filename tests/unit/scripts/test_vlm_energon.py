@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_pipeweaver.plugin.data import LookAhead
 from megatron_pipeweaver.plugin.energon import EnergonStream, read_state
 from megatron_pipeweaver.plugin.providers import VISION, VisionLanguage
 from tests.photographs import CAPTIONS, make_dataset
+from tests.unit.scripts.conftest import QUICKSTART, script_module
 
 LENGTH, IMAGE, SEPARATOR, PER_IMAGE = 160, -200, 256, 4
 Stream = Callable[..., EnergonStream]
@@ -31,7 +33,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def stream(dataset: Path, vlm_energon: ModuleType) -> Stream:
+def stream(dataset: Path) -> Stream:
+    return partial(make_stream, dataset)
+
+
+def make_stream(
+    dataset: Path, state: Any = None, workers: int = 0, split: str = "train"
+) -> EnergonStream:
+    vlm_energon = script_module("vlm_energon", QUICKSTART.parent)
     options = vlm_energon.PackingOptions(
         sequence_length=LENGTH,
         image_size=8,
@@ -41,13 +50,9 @@ def stream(dataset: Path, vlm_energon: ModuleType) -> Stream:
         tokenize=vlm_energon.byte_tokens(257),
         buffer=6,
     )
-
-    def make(state: Any = None, workers: int = 0, split: str = "train") -> EnergonStream:
-        config = WorkerConfig(rank=0, world_size=1, num_workers=workers)
-        loader = partial(vlm_energon.make_loader, str(dataset), options, config, split)
-        return EnergonStream(loader, state)
-
-    return make
+    config = WorkerConfig(rank=0, world_size=1, num_workers=workers)
+    loader = partial(vlm_energon.make_loader, str(dataset), options, config, split)
+    return EnergonStream(loader, state)
 
 
 def documents(microbatch: Any) -> list[torch.Tensor]:
@@ -114,23 +119,37 @@ def test_metadata_tells_documents_and_images(stream: Stream) -> None:
     assert {(one.units, one.tokens) for one in found.items[VISION]} == {(16, PER_IMAGE)}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_run_reads_what_the_uninterrupted_one_reads(
-    workers: int, stream: Stream, tmp_path: Path
+    dataset: Path, tmp_path: Path
 ) -> None:
-    look, source = LookAhead(), RerunDataIterator(stream(workers=workers))
+    read_on(dataset, 0, tmp_path)
+
+
+def test_reader_processes_go_on_where_they_were(dataset: Path, tmp_path: Path) -> None:
+    # Readers are forked, which a process that has run many other tests may not survive.
+    process = multiprocessing.get_context("spawn").Process(
+        target=read_on, args=(dataset, 1, tmp_path)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def read_on(dataset: Path, workers: int, folder: Path) -> None:
+    """Reads, stops with two microbatches read ahead, and goes on from what Megatron saves."""
+    look, source = LookAhead(), RerunDataIterator(make_stream(dataset, workers=workers))
     for _ in range(3):
         source.advance()
         look.take(source, 2)
         look.peek(source, 2)
-    # As Megatron writes it beside a checkpoint; two microbatches are read ahead.
-    folder = tmp_path / "iter_0000003" / "mp_rank_00_000"
-    folder.mkdir(parents=True)
+    # As Megatron writes it beside a checkpoint.
+    saved = folder / "iter_0000003" / "mp_rank_00_000"
+    saved.mkdir(parents=True)
     state = {"dataloader_state_dict": source.iterable.save_state()}
-    torch.save(state, folder / "train_dataloader_dprank000.pt")
+    torch.save(state, saved / "train_dataloader_dprank000.pt")
     rest = [one for _ in range(3) for one in look.take(source, 2)]
 
-    resumed = stream(read_state(tmp_path, 3, 0, 1), workers=workers)
+    resumed = make_stream(dataset, read_state(folder, 3, 0, 1), workers)
     for expected, found in zip(rest, resumed, strict=False):
         assert expected is not None
         assert expected.keys() == found.keys()
