@@ -87,6 +87,8 @@ class SearchOptions:
     exploration: int
     tree_alpha: float
     tree_beta: float
+    alternate: bool
+    grouped: bool
     def __init__(self) -> None: ...
 
 class SearchOutcome:

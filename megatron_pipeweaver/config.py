@@ -42,7 +42,9 @@ class SearchConfig:
     `split_weight_grad` lets the search run weight gradients as ops of their own; `choose_memory`
     lets it choose each stage pair's strategy for the order found (paper section 4.3), else pairs
     keep what they were scheduled with, for MCTS the leanest. `tree_alpha` and `tree_beta` are the
-    paper's alpha and beta, for MCTS.
+    paper's alpha and beta, for MCTS. `alternate` runs forwards and backwards by turns where both
+    could start (section 4.2), `group_segments` gives a module's segments within a microbatch one
+    priority (section 4.1); both are for MCTS, DFS and random exploration.
     """
 
     time_budget_ns: int = SECOND_NS
@@ -56,6 +58,8 @@ class SearchConfig:
     exploration: Exploration = Exploration.FULL
     tree_alpha: float = 2.0
     tree_beta: float = 0.05
+    alternate: bool = True
+    group_segments: bool = True
 
     def __post_init__(self) -> None:
         if self.time_budget_ns < 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from megatron_pipeweaver.config import SECOND_NS, MemorySolver, SearchConfig
+from megatron_pipeweaver.config import SECOND_NS, Exploration, MemorySolver, SearchConfig
 
 
 def add_search_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +44,29 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         default=MemorySolver.NATIVE,
         help="who chooses strategies for the final orders (default native; highs needs highspy)",
     )
+    ablation = parser.add_argument_group("parts of the search, to switch off for comparison")
+    ablation.add_argument(
+        "--exploration",
+        type=Exploration,
+        choices=list(Exploration),
+        default=Exploration.FULL,
+        help="how orders are found (default full; mcts is the paper's, dfs and random are plain)",
+    )
+    ablation.add_argument(
+        "--no-memory-choice",
+        action="store_true",
+        help="keep the strategies that an order was found with",
+    )
+    ablation.add_argument(
+        "--no-alternate",
+        action="store_true",
+        help="mcts, dfs, random: no turns of forwards and backwards, only priorities",
+    )
+    ablation.add_argument(
+        "--no-groups",
+        action="store_true",
+        help="mcts, dfs, random: every segment has a priority of its own",
+    )
 
 
 def search_config(args: argparse.Namespace) -> SearchConfig:
@@ -56,6 +79,10 @@ def search_config(args: argparse.Namespace) -> SearchConfig:
         deterministic=args.deterministic,
         split_weight_grad=not args.no_split,
         memory_solver=args.memory_solver,
+        exploration=args.exploration,
+        choose_memory=not args.no_memory_choice,
+        alternate=not args.no_alternate,
+        group_segments=not args.no_groups,
     )
 
 

@@ -202,7 +202,9 @@ PYBIND11_MODULE(_core, module) {
       .def_readwrite("choose_memory", &SearchOptions::choose_memory)
       .def_readwrite("exploration", &SearchOptions::exploration)
       .def_readwrite("tree_alpha", &SearchOptions::tree_alpha)
-      .def_readwrite("tree_beta", &SearchOptions::tree_beta);
+      .def_readwrite("tree_beta", &SearchOptions::tree_beta)
+      .def_readwrite("alternate", &SearchOptions::alternate)
+      .def_readwrite("grouped", &SearchOptions::grouped);
 
   py::class_<SearchOutcome>(module, "SearchOutcome")
       .def_readonly("best", &SearchOutcome::best)

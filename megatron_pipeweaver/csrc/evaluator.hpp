@@ -26,6 +26,8 @@ struct SearchOptions {
   bool in_order = false;
   bool choose_memory = true;  // strategies are chosen anew for the orders that come out
   i32 exploration = 0;        // an Exploration
+  bool alternate = true;      // explorations but the full one run forwards and backwards by turns
+  bool grouped = true;        // and give a module's segments within a microbatch one priority
   double tree_alpha = 2;      // the paper's alpha and beta
   double tree_beta = 0.05;
 };

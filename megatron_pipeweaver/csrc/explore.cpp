@@ -20,16 +20,19 @@ void shuffle(std::vector<i32>& list, std::size_t from, Random& random) {
 
 }  // namespace
 
-Segments::Segments(const Model& model)
-    : m_(model), forward_(model.passes), backward_(model.passes, -1) {
+Segments::Segments(const Model& model, bool grouped)
+    : m_(model), forward_(model.pairs), backward_(model.pairs, -1) {
   std::map<std::pair<i32, i32>, std::pair<i32, i32>> groups;
-  for (i32 p = 0; p < m_.passes; ++p) {
+  for (i32 u = 0; u < m_.pairs; ++u) {
+    const i32 p = m_.pair_pass[u];
     const auto [at, fresh] =
-        groups.try_emplace({m_.pass_microbatch[p], m_.pass_module[p]}, std::pair{-1, -1});
+        groups.try_emplace(grouped ? std::pair{m_.pass_microbatch[p], m_.pass_module[p]}
+                                   : std::pair{p, m_.stage(u) / m_.ranks},
+                           std::pair{-1, -1});
     if (fresh) at->second.first = count_++;
     if (!m_.frozen(p) && at->second.second < 0) at->second.second = count_++;
-    forward_[p] = at->second.first;
-    backward_[p] = at->second.second;
+    forward_[u] = at->second.first;
+    backward_[u] = at->second.second;
   }
 }
 
@@ -37,11 +40,10 @@ void Segments::keys(const std::vector<i32>& sequence, std::vector<i64>& key) con
   std::vector<i64> place(count_, 0);
   for (std::size_t i = 0; i < sequence.size(); ++i) place[sequence[i]] = static_cast<i64>(i);
   for (i32 u = 0; u < m_.pairs; ++u) {
-    const i32 p = m_.pair_pass[u];
-    key[op_of(u, kForward)] = place[forward_[p]];
-    if (m_.frozen(p)) continue;
-    key[op_of(u, kBackward)] = place[backward_[p]];
-    key[op_of(u, kWeight)] = count_ + place[backward_[p]];
+    key[op_of(u, kForward)] = place[forward_[u]];
+    if (m_.frozen(m_.pair_pass[u])) continue;
+    key[op_of(u, kBackward)] = place[backward_[u]];
+    key[op_of(u, kWeight)] = count_ + place[backward_[u]];
   }
 }
 
@@ -104,10 +106,10 @@ void Tree::reward(i32 node, double score, i64 rollouts) {
 
 void explore(const Model& model, Evaluator& evaluator, Random& random, Tree& tree,
              const Policy& base) {
-  const Segments segments(model);
+  const Segments segments(model, evaluator.options().grouped);
   const auto kind = static_cast<Exploration>(evaluator.options().exploration);
   Policy policy = base;
-  policy.alternate = true;
+  policy.alternate = evaluator.options().alternate;
   Timetable table;
   double reference = 0;
   const auto score = [&](const std::vector<i32>& sequence) {

@@ -10,17 +10,18 @@
 namespace pipeweaver {
 
 // A sequence of segment groups as priorities. A group is a module's segments of one direction
-// within a microbatch; its segments have one priority.
+// within a microbatch; its segments have one priority. Not `grouped`, each segment of each pass is
+// a group of its own.
 class Segments {
  public:
-  explicit Segments(const Model& model);
+  Segments(const Model& model, bool grouped);
   i32 count() const { return count_; }
   // Keys from a sequence: the earlier a group stands, the sooner its ops go.
   void keys(const std::vector<i32>& sequence, std::vector<i64>& key) const;
 
  private:
   const Model& m_;
-  std::vector<i32> forward_, backward_;  // per pass: its groups
+  std::vector<i32> forward_, backward_;  // per stage pair: its groups
   i32 count_ = 0;
 };
 

@@ -249,7 +249,7 @@ SearchOutcome search(const Model& model, const std::vector<Alone>& alone,
   shared.outcome.best = start;
   shared.begin = Clock::now();
   shared.listener = listener;
-  Tree tree(Segments(model).count());
+  Tree tree(Segments(model, options.grouped).count());
   const auto work = [&](i32 thread) {
     Random random(options.seed + static_cast<std::uint64_t>(thread));
     Evaluator evaluator(model, alone, options, shared, thread);

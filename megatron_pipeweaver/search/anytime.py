@@ -151,6 +151,8 @@ def _options(config: SearchConfig) -> SearchOptions:
     options.exploration = list(Exploration).index(config.exploration)
     options.tree_alpha = config.tree_alpha
     options.tree_beta = config.tree_beta
+    options.alternate = config.alternate
+    options.grouped = config.group_segments
     return options
 
 

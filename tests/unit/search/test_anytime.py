@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
+from megatron_pipeweaver._core import SearchOutcome
 from megatron_pipeweaver.compiler.check import check_schedule
 from megatron_pipeweaver.config import Exploration, SearchConfig
 from megatron_pipeweaver.errors import InfeasibleError
 from megatron_pipeweaver.ir.problem import Microbatch, OpKind, Pass, Problem, Strategy
-from megatron_pipeweaver.search.anytime import Improvement, solve
+from megatron_pipeweaver.search.anytime import Improvement, _options, solve
+from megatron_pipeweaver.search.interleave import policy
+from megatron_pipeweaver.search.native import NativeProblem
 
 
 def strategies(scale: int) -> tuple[Strategy, ...]:
@@ -61,6 +65,37 @@ def test_every_exploration_gives_a_valid_schedule(
     result = solve(problem, config)
     check_schedule(problem, result.schedule)
     assert result.schedule.makespan_ns <= min(result.baselines.values())
+
+
+def explored(problem: Problem, config: SearchConfig) -> SearchOutcome:
+    """What exploration alone makes of a start that runs one microbatch after another."""
+    native = NativeProblem(problem, in_order=False)
+    one_after_another = policy(problem, [0] * len(native.level_counts()))
+    one_after_another.load_limit = 0
+    start = native.core.decode(one_after_another)
+    options = _options(config)
+    options.budget_ns = config.time_budget_ns
+    outcome = native.core.search(options, start, lambda *_: None)
+    assert outcome.best.makespan <= start.makespan
+    check_schedule(problem, native.schedule(outcome.best, lower_bound_ns=0, problem_sha256=""))
+    return outcome
+
+
+def test_the_turns_of_the_dual_queue_can_be_switched_off() -> None:
+    config = SearchConfig(max_rounds=12, time_budget_ns=10**12, exploration=Exploration.MCTS)
+    whole = explored(example(), config)
+    assert explored(example(), replace(config, alternate=False)).best.order != whole.best.order
+
+
+def test_segments_can_have_priorities_of_their_own() -> None:
+    # Two images and a text: forwards and backwards of two modules, or of three passes.
+    problem = example(microbatches=3)
+    problem = replace(problem, microbatches=problem.microbatches[2:])
+    config = SearchConfig(
+        time_budget_ns=10**12, exploration=Exploration.DFS, choose_memory=False, seed=1
+    )
+    assert explored(problem, config).evaluations == math.factorial(4)
+    assert explored(problem, replace(config, group_segments=False)).evaluations == math.factorial(6)
 
 
 def test_one_thread_and_a_number_of_rounds_give_the_same_schedule_every_time() -> None:
