@@ -18,6 +18,7 @@ from typing import Any
 from megatron_pipeweaver.config import SECOND_NS, SearchConfig
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.json_reader import JsonNode, parse_json, read_bytes
+from megatron_pipeweaver.ir.strategy import LayerStrategy
 
 PREFIX = "pipeweaver_"
 """In front of every attribute that the flags make, but for ``args.pipeweaver`` itself."""
@@ -44,8 +45,8 @@ class PipeWeaverArguments:
     """What the flags ask for; every field is the flag of the same name.
 
     `sub_microbatch` and `segments` hold the modules that are named, the others are chosen by the
-    emulated times. `device_profile` is `None` for the device that is found; `dry_run` is `None`
-    where training runs.
+    emulated times. `device_profile` is `None` for the device that is found, `strategies` for what
+    pays on it; `dry_run` is `None` where training runs.
     """
 
     search_seconds: float = 1.0
@@ -53,6 +54,7 @@ class PipeWeaverArguments:
     sub_microbatch: Mapping[str, int] = field(default_factory=dict)
     segments: Mapping[str, int] = field(default_factory=dict)
     device_profile: str | None = None
+    strategies: tuple[LayerStrategy, ...] | None = None
     memory_fraction: float = 0.9
     deterministic: bool = False
     fallback: Fallback = STATIC
@@ -216,6 +218,36 @@ def _read_fallback(node: JsonNode) -> str:
     return text
 
 
+def _strategy_names(text: str) -> tuple[LayerStrategy, ...]:
+    """``keep,offload`` as strategies; `ValueError` says what cannot be read."""
+    names = text.split(",")
+    known = [one.value for one in LayerStrategy]
+    wrong = [one for one in names if one not in known or names.count(one) > 1]
+    if wrong:
+        raise ValueError(
+            f"cannot read {wrong[0]!r} of {text!r}; give each strategy once, of {', '.join(known)}"
+        )
+    return tuple(map(LayerStrategy, names))
+
+
+def _parse_strategies(text: str) -> str:
+    """``keep,offload``, as it is."""
+    try:
+        _strategy_names(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _read_strategies(node: JsonNode) -> str:
+    text = ",".join(one.text() for one in node.array())
+    try:
+        _strategy_names(text)
+    except ValueError as error:
+        node.fail(str(error))
+    return text
+
+
 def _make_fallback(text: str) -> Fallback:
     if text == "wait":
         return WAIT
@@ -265,6 +297,16 @@ _FLAGS: Mapping[str, _Flag] = {
             "profile's file. Found by the device's name where left out.",
         },
         read=JsonNode.text,
+    ),
+    "strategies": _Flag(
+        options={
+            "type": _parse_strategies,
+            "metavar": "NAME[,...]",
+            "help": "What plans may have a layer do with its activations, as in "
+            "keep,recompute,recompute_attention,offload. Chosen by the device where left out.",
+        },
+        read=_read_strategies,
+        make=_strategy_names,
     ),
     "memory_fraction": _Flag(
         options={

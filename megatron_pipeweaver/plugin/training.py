@@ -66,6 +66,8 @@ _LOCAL_STRATEGIES = (
 """What Megatron's own layers are planned with."""
 _ENGINE_STRATEGIES = (LayerStrategy.KEEP, LayerStrategy.RECOMPUTE, LayerStrategy.ATTENTION)
 """And Transformer Engine's, whose norms are parts of the linears behind them."""
+_CPU = "cpu"
+"""The shipped profile of a machine without a GPU."""
 
 
 @contextlib.contextmanager
@@ -314,7 +316,7 @@ def planner_settings(
     costs = CostSettings(
         device=device,
         options=run_options(args),
-        strategies=_LOCAL_STRATEGIES if local else _ENGINE_STRATEGIES,
+        strategies=planned_strategies(ours, device, local=local),
     )
     partition = partition_model(
         spec,
@@ -334,6 +336,35 @@ def planner_settings(
         dtypes={one.name: dtype for one in spec.modules},
         search=ours.search_config(args.seed, split_weight_grad=local),
     )
+
+
+def planned_strategies(
+    ours: PipeWeaverArguments, device: DeviceProfile, *, local: bool
+) -> tuple[LayerStrategy, ...]:
+    """What plans may have layers do with their activations: as asked for, or as the device does it.
+
+    Copies to the host pay on a GPU, which makes them beside its work, and not on a CPU, where host
+    and device are one memory. A dry run plans for the device that is emulated.
+
+    Args:
+        ours: the flags.
+        device: what is emulated.
+        local: the layers are Megatron's own, not Transformer Engine's.
+
+    Raises:
+        ConfigError: these layers cannot do what is asked for.
+    """
+    possible = (*(_LOCAL_STRATEGIES if local else _ENGINE_STRATEGIES), LayerStrategy.OFFLOAD)
+    if ours.strategies is None:
+        emulated = ours.dry_run is not None and device.spec.name != _CPU
+        return possible if emulated or torch.cuda.is_available() else possible[:-1]
+    for one in ours.strategies:
+        if one not in possible:
+            raise ConfigError(
+                f"--pipeweaver-strategies {one.value}: Transformer Engine's layers cannot; "
+                f"give some of {', '.join(each.value for each in possible)}"
+            )
+    return ours.strategies
 
 
 def known(counts: Any, flag: str, modules: Sequence[Any]) -> Any:
@@ -395,7 +426,7 @@ def found_device() -> str:
         ConfigError: there is a GPU and no profile of it.
     """
     if not torch.cuda.is_available():
-        return "cpu"
+        return _CPU
     name = torch.cuda.get_device_name()
     words = name.upper().replace("-", " ").split()
     for profile in shipped_devices():

@@ -41,7 +41,12 @@ PLAIN: Mapping[str, Run] = {
 IMAGES: Mapping[str, Run] = {
     "PP 2 x DP 2, overlap": Run(flags=[*TWO, *SAVED]),
     "PP 2 x TP 2, sequence parallel": Run(flags=pipeline(2, *TENSOR_TWO)),
-    "PP 4": Run(flags=pipeline(4, "--pipeweaver-segments", "vision=1,language=1")),
+    "PP 4, on the host": Run(
+        flags=pipeline(
+            4,
+            *("--pipeweaver-segments", "vision=1,language=1", "--pipeweaver-strategies", "offload"),
+        )
+    ),
 }
 TEXT: Mapping[str, Run] = {
     "PP 2 x DP 2, overlap, text": Run(flags=[*TWO, *TEXT_SAVED], images=0),

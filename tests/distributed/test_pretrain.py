@@ -34,7 +34,7 @@ def test_losses_are_those_of_megatron_without_pipeweaver(jobs: Jobs, name: str) 
 
 def test_segments_become_megatrons_virtual_pipeline_size(jobs: Jobs) -> None:
     assert jobs.heard["plain"].virtual_size is None
-    assert jobs.heard["PP 4"].virtual_size == 2
+    assert jobs.heard["PP 4, on the host"].virtual_size == 2
     assert jobs.heard["PP 2 x DP 2, overlap"].virtual_size == 3
 
 

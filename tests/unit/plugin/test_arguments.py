@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.plugin.arguments import (
     _REFUSED,
     WAIT,
@@ -46,6 +47,7 @@ def test_every_flag_is_read():
         *("--pipeweaver-sub-microbatch", "vision=12"),
         *("--pipeweaver-segments", "vision=2,language=1"),
         *("--pipeweaver-device-profile", "H100", "--pipeweaver-memory-fraction", "0.8"),
+        *("--pipeweaver-strategies", "offload,keep"),
         *("--pipeweaver-deterministic", "--pipeweaver-fallback", "wait"),
         *("--pipeweaver-trace-dir", "traces", "--pipeweaver-dry-run", "5"),
     )
@@ -55,6 +57,7 @@ def test_every_flag_is_read():
         sub_microbatch={"vision": 12},
         segments={"vision": 2, "language": 1},
         device_profile="H100",
+        strategies=(LayerStrategy.OFFLOAD, LayerStrategy.KEEP),
         memory_fraction=0.8,
         deterministic=True,
         fallback=WAIT,
@@ -82,12 +85,25 @@ def test_a_fallback_that_is_none_is_refused(text, capsys):
     assert "give static, static:MILLISECONDS or wait" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "wrong"), [("keep,magic", "magic"), ("", ""), ("keep,offload,keep", "keep")]
+)
+def test_strategies_that_are_none_are_refused_in_one_line(text, wrong, capsys):
+    with pytest.raises(SystemExit) as error:
+        read("--pipeweaver-strategies", text)
+    assert error.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"--pipeweaver-strategies: cannot read {wrong!r} of {text!r}; give each" in last
+    assert last.endswith("recompute_norm, recompute_light, offload")
+
+
 FILE = {
     "search_seconds": 3,
     "search_threads": 2,
     "sub_microbatch": {"vision": 4},
     "segments": {"language": 2},
     "device_profile": "A100",
+    "strategies": ["recompute", "offload"],
     "memory_fraction": 0.5,
     "deterministic": True,
     "fallback": "wait",
@@ -104,6 +120,7 @@ def test_a_file_holds_every_flag_and_the_command_line_wins(tmp_path):
         **{
             **FILE,
             "segments": {"vision": 3},
+            "strategies": (LayerStrategy.RECOMPUTE, LayerStrategy.OFFLOAD),
             "trace_dir": Path("there"),
             "fallback": WAIT,
         }
@@ -120,6 +137,8 @@ def test_a_file_holds_every_flag_and_the_command_line_wins(tmp_path):
             '{"fallback": "hope"}',
             r"\$\.fallback: is 'hope'; give static, static:MILLISECONDS or wait",
         ),
+        ('{"strategies": "keep"}', r'\$\.strategies: is "keep"; it must be an array'),
+        ('{"strategies": ["keep", "magic"]}', r"\$\.strategies: cannot read 'magic' of"),
         ('{"memory_fraction": true}', r"\$\.memory_fraction: is true; it must be a number"),
         ('{"search_seconds": NaN}', r"\$\.search_seconds: is NaN; it must be finite"),
         ('{"memory_fraction": 1.5}', r"--pipeweaver-memory-fraction 1\.5"),
