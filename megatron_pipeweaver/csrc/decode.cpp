@@ -18,8 +18,9 @@ void Decoder::reset() {
   for (Rank& rank : ranks_) {
     rank.free = rank.held = 0;
     rank.last_kind = -1;
+    rank.freed = 0;
     rank.stale = true;
-    rank.ready.clear();
+    for (auto& list : rank.ready) list.clear();
     rank.weights.clear();
   }
   held_.assign(static_cast<std::size_t>(m_.ranks) * microbatches, 0);
@@ -98,7 +99,10 @@ bool Decoder::run(const Policy& policy, Timetable& out) {
 }
 
 void Decoder::all_stale() {
-  for (Rank& rank : ranks_) rank.stale = true;
+  for (Rank& rank : ranks_) {
+    rank.stale = true;
+    ++rank.freed;
+  }
 }
 
 // Every rank waits for memory. The microbatch that has been in flight longest gives up the levels
@@ -199,21 +203,26 @@ void Decoder::choose(i32 rank) {
   Rank& state = ranks_[rank];
   state.stale = false;
   Choice forward, backward;
-  const i32 waiting = static_cast<i32>(state.ready.size());
-  for (i32 index = 0; index < waiting; ++index) {
-    const Ready& item = state.ready[index];
-    Choice& best = item.kind == kForward ? forward : backward;
-    const i64 start = std::max(item.arrive, state.free);
-    if (!better(start, item.key, item.pair, best.start, best.key, best.pair)) continue;
-    i32 level = 0;
-    if (item.kind == kForward) {
-      level = admit(item.pair);
-      if (level < 0) continue;
-    } else if (policy_->in_order && !order_open(item.pair)) {
-      continue;
+  const auto offer = [&](Choice& best, i32 kind, const auto& admitted) {
+    std::vector<Ready>& list = state.ready[kind];
+    for (i32 index = 0; index < static_cast<i32>(list.size()); ++index) {
+      Ready& item = list[index];
+      const i64 start = std::max(item.arrive, state.free);
+      if (!better(start, item.key, item.pair, best.start, best.key, best.pair)) continue;
+      const i32 level = admitted(item);
+      if (level >= 0) best = {start, item.key, item.pair, kind, level, index};
     }
-    best = {start, item.key, item.pair, item.kind, level, index};
-  }
+  };
+  offer(forward, kForward, [&](Ready& item) {
+    // What was refused stays refused until memory is freed: a forward that starts takes at least
+    // what its microbatch needs less afterwards.
+    if (item.refused == state.freed) return -1;
+    const i32 level = admit(item.pair);
+    if (level < 0) item.refused = state.freed;
+    return level;
+  });
+  offer(backward, kBackward,
+        [&](Ready& item) { return policy_->in_order && !order_open(item.pair) ? -1 : 0; });
   if (rank == 0) choose_entering(forward);
   choose_weight(state, forward, backward);
   const bool both = forward.start != kNever && forward.start == backward.start;
@@ -285,23 +294,25 @@ void Decoder::choose_held(const Rank& state, Choice& best) const {
   if (best.start == kNever) return;
   const i64 from = best.start, until = best.start + policy_->hold;
   bool held = false;  // only ops that arrive later tie-break among themselves
-  const i32 waiting = static_cast<i32>(state.ready.size());
-  for (i32 index = 0; index < waiting; ++index) {
-    const Ready& item = state.ready[index];
-    if (item.arrive > until || item.arrive <= from || item.key > best.key) continue;
-    if (item.key == best.key &&
-        (!held || !better(item.arrive, 0, item.pair, best.start, 0, best.pair))) {
-      continue;
+  for (const i32 kind : {kForward, kBackward}) {
+    const std::vector<Ready>& list = state.ready[kind];
+    for (i32 index = 0; index < static_cast<i32>(list.size()); ++index) {
+      const Ready& item = list[index];
+      if (item.arrive > until || item.arrive <= from || item.key > best.key) continue;
+      if (item.key == best.key &&
+          (!held || !better(item.arrive, 0, item.pair, best.start, 0, best.pair))) {
+        continue;
+      }
+      i32 level = 0;
+      if (kind == kBackward) {
+        if (policy_->in_order && !order_open(item.pair)) continue;
+      } else {
+        level = admit(item.pair);
+        if (level < 0) continue;
+      }
+      best = {item.arrive, item.key, item.pair, kind, level, index};
+      held = true;
     }
-    i32 level = 0;
-    if (item.kind == kBackward) {
-      if (policy_->in_order && !order_open(item.pair)) continue;
-    } else {
-      level = admit(item.pair);
-      if (level < 0) continue;
-    }
-    best = {item.arrive, item.key, item.pair, item.kind, level, index};
-    held = true;
   }
 }
 
@@ -337,8 +348,9 @@ void Decoder::execute(i32 rank) {
       --to_enter_[k];
       --entering_in_flight_;
     } else {
-      state.ready[choice.index] = state.ready.back();
-      state.ready.pop_back();
+      std::vector<Ready>& list = state.ready[choice.kind];
+      list[choice.index] = list.back();
+      list.pop_back();
     }
     if (choice.kind == kForward) {
       finish_forward(pair, end);
@@ -366,7 +378,7 @@ void Decoder::retire(i32 microbatch) {
 
 void Decoder::arrive(i32 pair, i32 kind, i64 time) {
   Rank& state = ranks_[m_.pair_rank[pair]];
-  state.ready.push_back({time, policy_->key[op_of(pair, kind)], pair, kind});
+  state.ready[kind].push_back({time, policy_->key[op_of(pair, kind)], pair});
   state.stale = true;
 }
 
@@ -443,6 +455,7 @@ void Decoder::release(i32 pair) {
   const i64 bytes = m_.costs[begin + out_->level[pair]].memory;
   const std::size_t at = static_cast<std::size_t>(rank) * m_.microbatches + k;
   ranks_[rank].held -= bytes;
+  ++ranks_[rank].freed;
   held_[at] -= bytes;
   if (any_wide_ && !alone_[k].narrow) {
     need_[at] += m_.costs[begin].memory;

@@ -49,18 +49,20 @@ class Decoder {
  private:
   struct Ready {
     i64 arrive, key;
-    i32 pair, kind;
+    i32 pair;
+    i32 refused = -1;  // the rank's `freed` when it was not admitted last
   };
   struct Choice {
     i64 start = kNever, key = 0;
     i32 pair = -1, kind = -1, level = 0;
-    i32 index = -1;  // in the rank's ready list; -1 for what is not in it
+    i32 index = -1;  // in the rank's ready list of its kind; -1 for what is not in it
   };
   struct Rank {
     i64 free = 0, held = 0;
     i32 last_kind = -1;
+    i32 freed = 0;  // grows whenever a forward that was refused may be admitted
     bool stale = true;
-    std::vector<Ready> ready;
+    std::vector<Ready> ready[2];               // forwards, backwards
     std::vector<std::pair<i64, i32>> weights;  // heap: stage pairs whose weight gradient waits
     Choice choice;
   };
