@@ -202,28 +202,41 @@ inline bool better(i64 start, i64 key, i32 pair, i64 than_start, i64 than_key, i
 void Decoder::choose(i32 rank) {
   Rank& state = ranks_[rank];
   state.stale = false;
-  Choice forward, backward;
-  const auto offer = [&](Choice& best, i32 kind, const auto& admitted) {
-    std::vector<Ready>& list = state.ready[kind];
-    for (i32 index = 0; index < static_cast<i32>(list.size()); ++index) {
-      Ready& item = list[index];
-      const i64 start = std::max(item.arrive, state.free);
-      if (!better(start, item.key, item.pair, best.start, best.key, best.pair)) continue;
-      const i32 level = admitted(item);
-      if (level >= 0) best = {start, item.key, item.pair, kind, level, index};
-    }
-  };
-  offer(forward, kForward, [&](Ready& item) {
+  state.forward = state.backward = Choice{};
+  for (const i32 kind : {kForward, kBackward}) {
+    const i32 waiting = static_cast<i32>(state.ready[kind].size());
+    for (i32 index = 0; index < waiting; ++index) offer(state, kind, index);
+  }
+  if (rank == 0) choose_entering(state.forward);
+  decide(state);
+}
+
+// The op at `index` of those that are ready becomes the best of its kind where it is better and may
+// start.
+void Decoder::offer(Rank& state, i32 kind, i32 index) {
+  Ready& item = state.ready[kind][index];
+  Choice& best = kind == kForward ? state.forward : state.backward;
+  const i64 start = std::max(item.arrive, state.free);
+  if (!better(start, item.key, item.pair, best.start, best.key, best.pair)) return;
+  i32 level = 0;
+  if (kind == kForward) {
     // What was refused stays refused until memory is freed: a forward that starts takes at least
     // what its microbatch needs less afterwards.
-    if (item.refused == state.freed) return -1;
-    const i32 level = admit(item.pair);
-    if (level < 0) item.refused = state.freed;
-    return level;
-  });
-  offer(backward, kBackward,
-        [&](Ready& item) { return policy_->in_order && !order_open(item.pair) ? -1 : 0; });
-  if (rank == 0) choose_entering(forward);
+    if (item.refused == state.freed) return;
+    level = admit(item.pair);
+    if (level < 0) {
+      item.refused = state.freed;
+      return;
+    }
+  } else if (policy_->in_order && !order_open(item.pair)) {
+    return;
+  }
+  best = {start, item.key, item.pair, kind, level, index};
+}
+
+// What the rank runs next: the best forward, the best backward, or a weight gradient.
+void Decoder::decide(Rank& state) const {
+  Choice forward = state.forward, backward = state.backward;
   choose_weight(state, forward, backward);
   const bool both = forward.start != kNever && forward.start == backward.start;
   bool take_forward =
@@ -379,7 +392,10 @@ void Decoder::retire(i32 microbatch) {
 void Decoder::arrive(i32 pair, i32 kind, i64 time) {
   Rank& state = ranks_[m_.pair_rank[pair]];
   state.ready[kind].push_back({time, policy_->key[op_of(pair, kind)], pair});
-  state.stale = true;
+  if (state.stale) return;
+  // All else is as it was when the rank chose.
+  offer(state, kind, static_cast<i32>(state.ready[kind].size()) - 1);
+  decide(state);
 }
 
 void Decoder::finish_forward(i32 pair, i64 end) {

@@ -64,11 +64,14 @@ class Decoder {
     bool stale = true;
     std::vector<Ready> ready[2];               // forwards, backwards
     std::vector<std::pair<i64, i32>> weights;  // heap: stage pairs whose weight gradient waits
+    Choice forward, backward;  // the best of each kind; what enters counts as a forward
     Choice choice;
   };
 
   void reset();
   void choose(i32 rank);
+  void offer(Rank& state, i32 kind, i32 index);
+  void decide(Rank& state) const;
   void choose_entering(Choice& best);
   bool offer_entering(i32 pass, Choice& best);
   void choose_weight(const Rank& state, Choice& forward, Choice& backward) const;
