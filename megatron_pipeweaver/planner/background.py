@@ -29,7 +29,6 @@ from megatron_pipeweaver.partition.workload import loads
 from megatron_pipeweaver.planner.cache import PlanKey, RecentCache
 from megatron_pipeweaver.planner.child import PLANNER_COMMAND, Child, RestartPolicy, start_child
 from megatron_pipeweaver.planner.feedback import (
-    CorrectedCosts,
     CorrectionRow,
     Corrections,
     stage_times,
@@ -122,7 +121,7 @@ class BackgroundSource:
         self._command = tuple(command)
         self._clock = clock
         self._counters = PlanCounters()
-        self._static_costs = CorrectedCosts(settings.costs.make())
+        self._costs = settings.costs.make()
         self._open: RecentCache[_Open] = RecentCache(_OPEN_REQUESTS)
         self._plans: RecentCache[PlanAnswer] = RecentCache(config.cached_plans)
         self._intervals_ns: deque[int] = deque(maxlen=_INTERVALS)
@@ -381,10 +380,9 @@ class BackgroundSource:
 
     def _learn(self, rows: Sequence[CorrectionRow], usable_permille: tuple[int, ...]) -> None:
         """Plan, and know plans again, by these corrections and in this share of the memory."""
-        corrections = Corrections(rows)
-        self._static_costs.corrections = corrections
+        corrections = self._corrections = Corrections(rows)
         self._usable_permille = usable_permille
-        self._static = self._settings.make(self._static_costs, usable_permille)
+        self._static = self._settings.make(self._costs, usable_permille, corrections)
         self._settings_digest = digest(
             settings_to_json(self._settings)
             + to_bytes(corrections.coarse())
@@ -402,7 +400,7 @@ class BackgroundSource:
             self._count(restarted=1)
         launch = Launch(
             settings=self._settings,
-            rows=self._static_costs.corrections.rows,
+            rows=self._corrections.rows,
             usable_permille=self._usable_permille,
             details=self._config.details,
             memory_limit_bytes=self._config.memory_limit_bytes,

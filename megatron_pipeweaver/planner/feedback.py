@@ -9,6 +9,13 @@ towards that of wider classes (the module's kind of op, then everything) as long
 
 So a size that was never seen is corrected like its module, and relative costs, which are what a
 schedule follows, stay in proportion. The same measurements give the same corrections.
+
+A backward whose weight gradients run apart is another kind of op (``S``) than one in one piece
+(``B``), which takes what both take. Each has corrections of its own, so what a split costs beyond
+its parts is what S and W were measured to take against B:
+
+    B as measured   | input and weight gradients |
+    S, W as measured| input gradients | | weight gradients + overhead |
 """
 
 from __future__ import annotations
@@ -31,6 +38,8 @@ from megatron_pipeweaver.semu.interface import CostModel, Load, StageShape
 UNCHANGED_PERMILLE = 1000
 WIDEST = 64
 """No class is corrected by more than this factor, either way."""
+SPLIT_BACKWARD = "S"
+"""The kind of a backward that leaves weight gradients to an op of their own."""
 FEW = 4
 """At this many samples (n0) a class counts as much as the wider one."""
 KEPT = 64
@@ -82,7 +91,8 @@ class CorrectionRow:
 class Corrections:
     """Factors by class; a class without one takes that of the next wider class, at last 1.
 
-    A weight gradient that never ran apart is corrected like the backward that it was part of.
+    What never ran apart is corrected like the backward that it was part of, and the other way
+    round.
     """
 
     def __init__(self, rows: Iterable[CorrectionRow] = ()) -> None:
@@ -94,9 +104,9 @@ class Corrections:
     def permille(self, one: CostClass) -> int:
         """The factor of `one` in thousandths."""
         chain = [one, *widened(one)]
-        if one.kind == OpKind.W.value:
-            backward = replace(one, kind=OpKind.B.value)
-            chain[-1:] = [backward, *widened(backward)]
+        if one.kind in _UNKNOWN_LIKE:
+            other = replace(one, kind=_UNKNOWN_LIKE[one.kind])
+            chain[-1:] = [other, *widened(other)]
         for wider in chain:
             if wider in self._permille:
                 return self._permille[wider]
@@ -115,19 +125,43 @@ class Corrections:
         ]
 
     def apply(
-        self, module: ModuleSpec, stage: StageShape, load: Load, strategy: Strategy
+        self,
+        module: ModuleSpec,
+        stage: StageShape,
+        load: Load,
+        strategy: Strategy,
+        *,
+        overhead_permille: int | None = None,
     ) -> Strategy:
-        """`strategy` with corrected times."""
-        forward, backward, weight = (
-            self.permille(CostClass(module.name, role_of(stage), kind.value, size_of(load)))
-            for kind in OpKind
-        )
+        """`strategy` with corrected times.
+
+        Args:
+            module: whose layers run.
+            stage: which of them.
+            load: on what.
+            strategy: as emulated.
+            overhead_permille: for backwards whose weight gradients run apart, what that takes
+                until it was measured, in thousandths of the whole backward; `None` for backwards
+                in one piece.
+        """
+        here = CostClass(module.name, role_of(stage), OpKind.F.value, size_of(load))
+        whole = replace(here, kind=OpKind.B.value)
+        backward = whole if overhead_permille is None else replace(here, kind=SPLIT_BACKWARD)
+        weight = whole if overhead_permille is None else replace(here, kind=OpKind.W.value)
+        backward_ns = _scaled(strategy.backward_ns, self.permille(backward))
+        weight_grad_ns = _scaled(strategy.weight_grad_ns, self.permille(weight))
+        if weight_grad_ns and overhead_permille and not self._measured(weight):
+            weight_grad_ns += _scaled(backward_ns + weight_grad_ns, overhead_permille)
         return replace(
             strategy,
-            forward_ns=_scaled(strategy.forward_ns, forward),
-            backward_ns=_scaled(strategy.backward_ns, backward),
-            weight_grad_ns=_scaled(strategy.weight_grad_ns, weight),
+            forward_ns=_scaled(strategy.forward_ns, self.permille(here)),
+            backward_ns=backward_ns,
+            weight_grad_ns=weight_grad_ns,
         )
+
+    def _measured(self, one: CostClass) -> bool:
+        """Whether `one`, or its module's kind of op, was measured."""
+        return any(each in self._permille for each in (one, *widened(one)[:-1]))
 
 
 class CorrectedCosts:
@@ -135,18 +169,31 @@ class CorrectedCosts:
 
     Args:
         costs: the model that is corrected; its memory and its messages stay as they are.
+        corrections: what was measured.
+        overhead_permille: as in `Corrections.apply`.
     """
 
-    def __init__(self, costs: CostModel) -> None:
+    def __init__(
+        self,
+        costs: CostModel,
+        corrections: Corrections | None = None,
+        *,
+        overhead_permille: int | None = None,
+    ) -> None:
         self.costs = costs
-        self.corrections = Corrections()
+        self.corrections = Corrections() if corrections is None else corrections
+        self._overhead_permille = overhead_permille
 
     def stage_strategies(
         self, module: ModuleSpec, stage: StageShape, load: Load
     ) -> tuple[Strategy, ...]:
         """As the model's, in corrected time."""
         strategies = self.costs.stage_strategies(module, stage, load)
-        return tuple(self.corrections.apply(module, stage, load, one) for one in strategies)
+        overhead = self._overhead_permille
+        return tuple(
+            self.corrections.apply(module, stage, load, one, overhead_permille=overhead)
+            for one in strategies
+        )
 
     def p2p_latency_ns(self, size_bytes: int) -> int:
         """As the model's."""
@@ -207,6 +254,14 @@ class Feedback:
             found += share * (median(ratios) - found)
         limit = math.log(WIDEST) - 1e-3
         return min(max(found, -limit), limit)
+
+
+_UNKNOWN_LIKE: Mapping[str, str] = {
+    OpKind.W.value: OpKind.B.value,
+    SPLIT_BACKWARD: OpKind.B.value,
+    OpKind.B.value: SPLIT_BACKWARD,
+}
+"""A kind of op that was never measured takes the corrections of another one."""
 
 
 def widened(one: CostClass) -> tuple[CostClass, ...]:
@@ -279,10 +334,12 @@ def samples_of(
         shape = StageShape(
             layers=0, is_first=one.stage == 0, is_last=one.stage == stages[one.module] - 1
         )
+        apart = _stage_key(one) in split
+        kind = SPLIT_BACKWARD if apart and one.kind is OpKind.B else one.kind.value
         samples.append(
             Sample(
-                cost_class=CostClass(one.module, role_of(shape), one.kind.value, sizes[key]),
-                predicted_ns=_predicted_ns(found, one.kind, _stage_key(one) in split),
+                cost_class=CostClass(one.module, role_of(shape), kind, sizes[key]),
+                predicted_ns=_predicted_ns(found, one.kind, apart),
                 measured_ns=one.duration_ns,
             )
         )

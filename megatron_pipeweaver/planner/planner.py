@@ -27,7 +27,13 @@ from megatron_pipeweaver.ir.problem import Problem
 from megatron_pipeweaver.ir.schedule import Schedule
 from megatron_pipeweaver.partition.workload import Workload, make_workload
 from megatron_pipeweaver.planner.fallback import static_schedule
-from megatron_pipeweaver.planner.splits import check_percents, search_splits, split_sizes
+from megatron_pipeweaver.planner.splits import (
+    Alternative,
+    Sizes,
+    check_percents,
+    search_alternatives,
+    split_sizes,
+)
 from megatron_pipeweaver.semu.interface import CostModel
 
 
@@ -68,6 +74,9 @@ class Planner:
         dtypes: element type of the tensors that leave a module's stages, by module.
         search: how long and how hard to search.
         parallel: tensor and sequence parallel sizes, on which the tensors' shapes depend.
+        apart_costs: the same where weight gradients run in ops of their own, with what that takes
+            beyond its parts. Each batch is then split, or not, as is shorter. Without it every
+            batch is split where `search` says so, and free of overhead.
         splits_percent: sub-microbatch sizes to choose from, batch by batch, in percent of
             `sub_microbatch`; evaluation and static plans use the first one.
         clock: monotonic nanoseconds.
@@ -88,6 +97,7 @@ class Planner:
         dtypes: Mapping[str, str],
         search: SearchConfig,
         parallel: ParallelSizes | None = None,
+        apart_costs: CostModel | None = None,
         splits_percent: Sequence[int] = (100,),
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
@@ -95,6 +105,7 @@ class Planner:
         self.model = model
         self.layout = layout
         self._costs = costs
+        self._apart_costs = apart_costs
         self._splits = split_sizes(sub_microbatch, splits_percent)
         self._memory_capacity_bytes = tuple(memory_capacity_bytes)
         self._dtypes = dict(dtypes)
@@ -123,9 +134,12 @@ class Planner:
             search = dataclasses.replace(
                 search, time_budget_ns=max(0, min(budget_ns, search.time_budget_ns))
             )
-        found = search_splits(
-            lambda sizes: self.workload(batch, forward_only=forward_only, sub_microbatch=sizes),
-            self._splits[:1] if forward_only else self._splits,
+        found = search_alternatives(
+            self._alternatives(
+                batch,
+                self._splits[:1] if forward_only else self._splits,
+                forward_only=forward_only,
+            ),
             search,
         )
         return self._compiled(
@@ -146,8 +160,11 @@ class Planner:
             InfeasibleError: a microbatch alone does not fit into a rank's memory.
         """
         start_ns = self._clock()
-        workload = self.workload(batch, forward_only=forward_only)
-        schedule, baselines = static_schedule(workload.problem, self._search)
+        found = []
+        for one in self._alternatives(batch, self._splits[:1], forward_only=forward_only):
+            search = dataclasses.replace(self._search, split_weight_grad=one.apart)
+            found.append((one.workload, *static_schedule(one.workload.problem, search)))
+        workload, schedule, baselines = min(found, key=lambda one: one[1].makespan_ns)
         return self._compiled(
             workload,
             schedule,
@@ -164,23 +181,45 @@ class Planner:
         *,
         forward_only: bool = False,
         sub_microbatch: Mapping[str, int] | None = None,
+        apart: bool = False,
     ) -> Workload:
         """The scheduling problem of `batch`, split into `sub_microbatch` or else the first split.
+
+        With `apart`, in the times of weight gradients that run in ops of their own.
 
         Raises:
             ConfigError: the batch does not fit the model (an unknown module, say).
         """
+        costs = self._apart_costs if apart else None
         return make_workload(
             batch,
             self.model,
             self.layout,
             self._splits[0] if sub_microbatch is None else sub_microbatch,
-            self._costs,
+            self._costs if costs is None else costs,
             self._memory_capacity_bytes,
             forward_only=forward_only,
             parallel=self._parallel,
             element_bytes=self._element_bytes,
         )
+
+    def _alternatives(
+        self, batch: BatchMetadata, splits: Sequence[Sizes], *, forward_only: bool
+    ) -> list[Alternative]:
+        """What there is to choose from: weight gradients in one piece first, then apart."""
+        may = self._search.split_weight_grad and not forward_only
+        ways = (False, True) if may and self._apart_costs is not None else (may,)
+        return [
+            Alternative(
+                sizes=sizes,
+                workload=self.workload(
+                    batch, forward_only=forward_only, sub_microbatch=sizes, apart=apart
+                ),
+                apart=apart,
+            )
+            for sizes in splits
+            for apart in ways
+        ]
 
     def _compiled(
         self,

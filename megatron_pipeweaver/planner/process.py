@@ -27,7 +27,6 @@ from megatron_pipeweaver.ir.codec import problem_to_json, schedule_to_json
 from megatron_pipeweaver.planner.cache import RecentCache
 from megatron_pipeweaver.planner.channel import Channel
 from megatron_pipeweaver.planner.feedback import (
-    CorrectedCosts,
     Corrections,
     Feedback,
     median_error_permille,
@@ -49,6 +48,7 @@ from megatron_pipeweaver.planner.messages import (
 from megatron_pipeweaver.planner.planner import batch_digest
 from megatron_pipeweaver.planner.settings import PlannerSettings
 from megatron_pipeweaver.planner.wire import encode
+from megatron_pipeweaver.semu.interface import CostModel
 
 _log = logging.getLogger(__name__)
 NICENESS = 10
@@ -75,13 +75,13 @@ class PlanningDesk:
     details: bool = False
     corrections: Corrections = field(default_factory=Corrections)
     usable_permille: tuple[int, ...] = ()
-    _costs: CorrectedCosts = field(init=False)
+    _costs: CostModel = field(init=False)
     _feedback: Feedback = field(init=False)
     _planned_with: RecentCache[tuple[Corrections, Mapping[str, int] | None]] = field(init=False)
     _headroom: Headroom = field(init=False)
 
     def __post_init__(self) -> None:
-        self._costs = CorrectedCosts(self.settings.costs.make())
+        self._costs = self.settings.costs.make()
         self._feedback = Feedback(self.corrections)
         capacity_bytes = self.settings.memory_capacity_bytes
         self._headroom = Headroom(capacity_bytes, self.usable_permille)
@@ -100,9 +100,9 @@ class PlanningDesk:
         raise ConfigError(f"planner: {type(message).__name__} is nothing to answer")
 
     def _plan(self, request: PlanRequest) -> bytes:
-        self._costs.corrections = self.corrections
         try:
-            planned = self.settings.make(self._costs, self.usable_permille).plan(
+            planner = self.settings.make(self._costs, self.usable_permille, self.corrections)
+            planned = planner.plan(
                 request.batch, forward_only=request.forward_only, budget_ns=request.budget_ns
             )
         except MemoryError:
@@ -122,7 +122,7 @@ class PlanningDesk:
     def _learn(self, measured: Measurement) -> bytes:
         key = (batch_digest(measured.batch), measured.forward_only)
         corrections, sizes = self._planned_with.get(key) or (self.corrections, None)
-        planner = self.settings.make(self._costs.costs)
+        planner = self.settings.make(self._costs)
         sizes = self.settings.sub_microbatch if sizes is None else sizes
         workload = planner.workload(
             measured.batch, forward_only=measured.forward_only, sub_microbatch=sizes

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_pipeweaver.config import SearchConfig
+from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.codec import digest, to_bytes
 from megatron_pipeweaver.ir.json_reader import parse_json
 from megatron_pipeweaver.ir.layout import ChunkLayout
@@ -14,12 +15,19 @@ from megatron_pipeweaver.ir.lmm import ModelSpec
 from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.partition.candidates import DEFAULT_CANDIDATES, PerLayerCosts
 from megatron_pipeweaver.planner.codec import from_json, to_json
+from megatron_pipeweaver.planner.feedback import CorrectedCosts, Corrections
 from megatron_pipeweaver.planner.headroom import usable_bytes
 from megatron_pipeweaver.planner.planner import Planner
 from megatron_pipeweaver.semu.devices import DeviceProfile
 from megatron_pipeweaver.semu.interface import CostModel
 from megatron_pipeweaver.semu.model import DEFAULT_STRATEGIES, AnalyticCostModel
 from megatron_pipeweaver.semu.options import RunOptions
+
+SPLIT_OVERHEAD_PERMILLE = 84
+"""What a split backward takes beyond one in one piece, in thousandths of that, until measured.
+
+The median of `benchmarks/runtime/results/split.csv`.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +52,8 @@ class CostSettings:
 class PlannerSettings:
     """One pipeline's planner; the fields are those of `Planner`.
 
+    `split_overhead_permille` is what a split backward takes beyond one in one piece, in thousandths
+    of that, until it was measured in training.
     Splits above 100 percent need memory set aside for what their layers work with for a while.
     """
 
@@ -55,15 +65,35 @@ class PlannerSettings:
     dtypes: Mapping[str, str]
     search: SearchConfig
     splits_percent: tuple[int, ...] = (100,)
+    split_overhead_permille: int = SPLIT_OVERHEAD_PERMILLE
+
+    def __post_init__(self) -> None:
+        if self.split_overhead_permille < 0:
+            raise ConfigError(
+                f"planner: a split overhead of {self.split_overhead_permille} permille; need >= 0"
+            )
 
     def make(
-        self, costs: CostModel | None = None, usable_permille: tuple[int, ...] = ()
+        self,
+        costs: CostModel | None = None,
+        usable_permille: tuple[int, ...] = (),
+        corrections: Corrections | None = None,
     ) -> Planner:
-        """The planner, by `costs` where given, in the usable share of each rank's memory."""
+        """The planner in the usable share of each rank's memory.
+
+        Args:
+            costs: what stages cost, made anew where left out.
+            usable_permille: of each rank's memory, all of it where left out.
+            corrections: what measured times have taught.
+        """
+        costs = self.costs.make() if costs is None else costs
         return Planner(
             model=self.model,
             layout=self.layout,
-            costs=self.costs.make() if costs is None else costs,
+            costs=CorrectedCosts(costs, corrections),
+            apart_costs=CorrectedCosts(
+                costs, corrections, overhead_permille=self.split_overhead_permille
+            ),
             sub_microbatch=self.sub_microbatch,
             memory_capacity_bytes=usable_bytes(self.memory_capacity_bytes, usable_permille),
             dtypes=self.dtypes,

@@ -9,6 +9,9 @@ efficiency). Each split is searched briefly, the best one for the rest of the ti
      50 %             |-- trial --|
     200 %                         |-- trial --|
      best                                     |---------------- search ----------------|
+
+Whether weight gradients run apart is such an alternative too, for the whole iteration: what that
+costs beyond its parts is in the times of its own problem.
 """
 
 from __future__ import annotations
@@ -28,11 +31,21 @@ _TRIAL_PERCENT = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SplitResult:
-    """The best schedule found, and the split that it is of."""
+class Alternative:
+    """One problem of a batch: its sub-microbatch sizes, and whether weight gradients run apart."""
 
     sizes: Sizes
     workload: Workload
+    apart: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitResult:
+    """The best schedule found, and the alternative that it is of."""
+
+    sizes: Sizes
+    workload: Workload
+    apart: bool
     result: SearchResult
 
 
@@ -78,43 +91,62 @@ def search_splits(
     Raises:
         InfeasibleError: a microbatch alone does not fit, whatever the split.
     """
-    different = _different(make, splits)
+    apart = search.split_weight_grad
+    return search_alternatives(
+        [Alternative(sizes=one, workload=make(one), apart=apart) for one in splits], search
+    )
+
+
+def search_alternatives(alternatives: Sequence[Alternative], search: SearchConfig) -> SplitResult:
+    """The best schedule over `alternatives` within the search's budget; of equals the first one.
+
+    Args:
+        alternatives: what to choose from; those that cut the batch alike count once.
+        search: how long and how hard to search, trials included.
+
+    Raises:
+        InfeasibleError: a microbatch alone does not fit, whatever the alternative.
+    """
+    different = _different(alternatives)
     if len(different) == 1:
-        sizes, workload = different[0]
-        return SplitResult(sizes=sizes, workload=workload, result=solve(workload.problem, search))
+        return _searched(different[0], search)
     trials = list(_trials(different, _share(search, _TRIAL_PERCENT, len(different))))
-    best = min(trials, key=lambda one: one.result.schedule.makespan_ns)
-    rest = _share(search, 100 - _TRIAL_PERCENT, 1)
-    again = replace(best, result=solve(best.workload.problem, rest))
-    return min(again, best, key=lambda one: one.result.schedule.makespan_ns)
+    best = min(trials, key=_makespan_ns)
+    again = _searched(best, _share(search, 100 - _TRIAL_PERCENT, 1))
+    return min(again, best, key=_makespan_ns)
 
 
-def _different(
-    make: Callable[[Sizes], Workload], splits: Sequence[Sizes]
-) -> list[tuple[Sizes, Workload]]:
-    """Splits that cut this batch differently."""
-    found: list[tuple[Sizes, Workload]] = []
-    for sizes in splits:
-        workload = make(sizes)
-        if all(workload.payloads != other.payloads for _, other in found):
-            found.append((sizes, workload))
+def _different(alternatives: Sequence[Alternative]) -> list[Alternative]:
+    """Alternatives that cut this batch differently, or run it differently."""
+    found: list[Alternative] = []
+    for one in alternatives:
+        same = (one.apart, one.workload.payloads)
+        if all(same != (other.apart, other.workload.payloads) for other in found):
+            found.append(one)
     return found
 
 
-def _trials(
-    different: Sequence[tuple[Sizes, Workload]], search: SearchConfig
-) -> Iterator[SplitResult]:
-    """A short search of each; a split that does not fit is none, unless no split fits."""
+def _searched(one: Alternative | SplitResult, search: SearchConfig) -> SplitResult:
+    result = solve(one.workload.problem, replace(search, split_weight_grad=one.apart))
+    return SplitResult(sizes=one.sizes, workload=one.workload, apart=one.apart, result=result)
+
+
+def _makespan_ns(one: SplitResult) -> int:
+    return one.result.schedule.makespan_ns
+
+
+def _trials(different: Sequence[Alternative], search: SearchConfig) -> Iterator[SplitResult]:
+    """A short search of each; what does not fit is left out, unless nothing fits."""
     infeasible: InfeasibleError | None = None
     found = False
-    for sizes, workload in different:
+    for one in different:
         try:
-            result = solve(workload.problem, search)
+            tried = _searched(one, search)
         except InfeasibleError as error:
             infeasible = infeasible or error
             continue
         found = True
-        yield SplitResult(sizes=sizes, workload=workload, result=result)
+        yield tried
     if infeasible is not None and not found:
         raise infeasible
 
