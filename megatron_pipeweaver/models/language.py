@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.models.chunk import ChunkSetting, ModelChunk
+from megatron_pipeweaver.models.context_parallel import SequenceShare
 from megatron_pipeweaver.models.specs import language_layer_spec, uses_transformer_engine
 from megatron_pipeweaver.models.strategy import StrategyLayer
 
@@ -20,6 +21,9 @@ from megatron_pipeweaver.models.strategy import StrategyLayer
 @final
 class LanguageChunk(ModelChunk):
     """Some layers of a GPT: with the token embedding in front, or the output layer behind.
+
+    With context parallelism every rank is given whole batches and hands out whole losses; between
+    them, hidden states are those of its tokens (`SequenceShare`).
 
     Parameters are named ``<module>_model.``, as in Megatron's LLaVA model.
     """
@@ -47,10 +51,11 @@ class LanguageChunk(ModelChunk):
         self._position_axes = 3 if options.position_embedding == "mrope" else 1
         self._transformer_engine = uses_transformer_engine(options)
         self._sequence_parallel = setting.config.sequence_parallel
+        self._share = _share_of(setting)
         self.embeds_tokens = place.is_first
         model = GPTModel(
             setting.config,
-            language_layer_spec(options),
+            language_layer_spec(options, setting.config.context_parallel_size),
             vocab_size=module.vocab_size,
             max_sequence_length=options.max_sequence_length,
             pre_process=place.is_first,
@@ -100,19 +105,33 @@ class LanguageChunk(ModelChunk):
             attention_mask=mask,
             packed_seq_params=packed,
             decoder_input=embedded_SBH,
-            labels=batch.get("labels") if self.place.is_last else None,
-            loss_mask=batch.get("loss_mask"),
+            labels=self._own(batch.get("labels")) if self.place.is_last else None,
+            loss_mask=self._own(batch.get("loss_mask")),
         )
         model.decoder.input_tensor = None
+        if self._share is not None and self.place.is_last:
+            output = self._share.gather(output, dim=1)
         return output
+
+    def _own(self, whole_BS: Tensor | None) -> Tensor | None:
+        """What belongs to this rank's tokens."""
+        if self._share is None or whole_BS is None:
+            return whole_BS
+        return self._share.take(whole_BS, dim=1)
 
     def _documents(self, batch: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
         """What keeps packed documents apart: a mask, or for Transformer Engine, where they end."""
         ends_D: Tensor | None = batch.get("cu_seqlens")
-        if ends_D is None:
-            return batch.get("attention_mask"), None
-        if not self._transformer_engine:
-            return document_mask(ends_D), None
+        if ends_D is None or not self._transformer_engine:
+            mask = batch.get("attention_mask") if ends_D is None else document_mask(ends_D)
+            if self._share is not None and mask is not None:
+                mask = self._share.take(mask, dim=2)
+            return mask, None
+        if self._share is not None:
+            raise ConfigError(
+                "packed documents with context parallelism and Transformer Engine: each document "
+                "would have to be dealt apart; give --transformer-impl local, or pack none"
+            )
         longest = int(ends_D.diff().max())
         packed = PackedSeqParams(
             qkv_format="thd",
@@ -138,9 +157,22 @@ class LanguageChunk(ModelChunk):
         for name, is_image_BS in places.items():
             made = self.inputs_of(name, images)
             embedded_SBH = place_image_embeddings(embedded_SBH, is_image_BS, made)
+        if self._share is not None:
+            embedded_SBH = self._share.take(embedded_SBH, dim=0)
         if self._sequence_parallel:
             embedded_SBH = tensor_parallel.scatter_to_sequence_parallel_region(embedded_SBH)
         return embedded_SBH
+
+
+def _share_of(setting: ChunkSetting) -> SequenceShare | None:
+    """This rank's tokens, `None` for all of them."""
+    size, group = setting.config.context_parallel_size, setting.groups.cp
+    if size != group.size():
+        raise ConfigError(
+            f"module {setting.module.name!r}: context_parallel_size is {size}, and the job has "
+            f"{group.size()} context-parallel ranks; give the option that size"
+        )
+    return SequenceShare(group) if size > 1 else None
 
 
 def document_mask(cu_seqlens: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from megatron.core.models.vision.vit_layer_specs import (
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.models.context_parallel import GatheringAttention
 from megatron_pipeweaver.models.options import ModelOptions
 from megatron_pipeweaver.models.strategy import StrategyLayer
 
@@ -39,11 +40,14 @@ def uses_transformer_engine(options: ModelOptions) -> bool:
     return options.transformer_engine
 
 
-def language_layer_spec(options: ModelOptions) -> Any:
+def language_layer_spec(options: ModelOptions, context_parallel_size: int = 1) -> Any:
     """A decoder layer with causal attention, under run-time memory strategies."""
     if uses_transformer_engine(options):
         return replace(get_gpt_layer_with_transformer_engine_spec(), module=StrategyLayer)
-    return replace(get_gpt_layer_local_spec(), module=StrategyLayer)
+    spec = copy.deepcopy(get_gpt_layer_local_spec())
+    if context_parallel_size > 1:
+        spec.submodules.self_attention.submodules.core_attention = GatheringAttention
+    return replace(spec, module=StrategyLayer)
 
 
 def vision_layer_spec(options: ModelOptions) -> Any:

@@ -73,7 +73,7 @@ class Planner:
         memory_capacity_bytes: what each pipeline rank has for activations.
         dtypes: element type of the tensors that leave a module's stages, by module.
         search: how long and how hard to search.
-        parallel: tensor and sequence parallel sizes, on which the tensors' shapes depend.
+        parallel: tensor, sequence and context parallel sizes, on which the tensors' shapes depend.
         apart_costs: the same where weight gradients run in ops of their own, with what that takes
             beyond its parts. Each batch is then split, or not, as is shorter. Without it every
             batch is split where `search` says so, and free of overhead.

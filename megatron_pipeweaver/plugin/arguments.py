@@ -9,6 +9,7 @@ object whose keys are the flags' names behind ``--pipeweaver-``, with underscore
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -152,11 +153,26 @@ def check_combinations(args: argparse.Namespace, ours: PipeWeaverArguments) -> N
         if refused(value):
             shown = "" if value is True else f" {value}"
             raise ConfigError(f"--{name.replace('_', '-')}{shown} with --pipeweaver: {why}")
+    _check_sequence(args)
     dropout = max(getattr(args, "attention_dropout", 0.0), getattr(args, "hidden_dropout", 0.0))
     if ours.deterministic and dropout:
         raise ConfigError(
             "--pipeweaver-deterministic with dropout: masks depend on the order of execution; "
             "add --attention-dropout 0 --hidden-dropout 0, or leave the flag out"
+        )
+
+
+def _check_sequence(args: argparse.Namespace) -> None:
+    """Refuse a sequence that cannot be dealt to context- and sequence-parallel ranks."""
+    context = getattr(args, "context_parallel_size", 1)
+    if context == 1 or args.seq_length is None:
+        return
+    tensor = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    multiple = context * math.lcm(2, tensor)
+    if args.seq_length % multiple:
+        raise ConfigError(
+            f"--seq-length {args.seq_length} with --context-parallel-size {context} and "
+            f"--pipeweaver: cannot be dealt evenly; give a multiple of {multiple}"
         )
 
 
@@ -362,10 +378,6 @@ def _set(value: Any) -> bool:
     return bool(value)
 
 
-def _several(value: Any) -> bool:
-    return value is not None and value > 1
-
-
 _OWN_CUT = "PipeWeaver cuts the modules itself; use --pipeweaver-segments instead"
 _NO_GRAPH = "every iteration has another schedule, which a graph cannot replay; leave it out"
 _OWN_ORDER = "it assumes Megatron's own order of microbatches; leave it out"
@@ -392,11 +404,6 @@ _REFUSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "external_cuda_graph": (_set, _NO_GRAPH),
     "use_torch_fsdp2": (_set, "chunks are wrapped in Megatron's DDP; leave it out"),
     "use_megatron_fsdp": (_set, "chunks are wrapped in Megatron's DDP; leave it out"),
-    "context_parallel_size": (
-        _several,
-        "chunks are not split along the sequence, for which Megatron's layers need Transformer "
-        "Engine; give --context-parallel-size 1",
-    ),
     "num_experts": (_set, "chunks have no mixture of experts; leave it out"),
     "multi_latent_attention": (_set, "chunks have no latent attention; leave it out"),
     "mtp_num_layers": (_set, "chunks have no multi-token prediction; leave it out"),

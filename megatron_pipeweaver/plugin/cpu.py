@@ -182,12 +182,13 @@ def _tensor_methods() -> Mapping[str, Any]:
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """`factory` with the CPU for any CUDA device."""
+    """`factory` with the CPU for any CUDA device, whose memory is not pinned."""
 
     @functools.wraps(factory)
     def make(*args: Any, **options: Any) -> Any:
         if _is_cuda(options.get("device")):
             options["device"] = _CPU
+        options.pop("pin_memory", None)
         return factory(*args, **options)
 
     return make

@@ -37,7 +37,10 @@ def play_first_rank(args: argparse.Namespace) -> None:
     """
     args.fake_process_group = True
     args.world_size = max(
-        args.world_size, args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+        args.world_size,
+        args.tensor_model_parallel_size
+        * args.context_parallel_size
+        * args.pipeline_model_parallel_size,
     )
 
 

@@ -52,6 +52,11 @@ class Llava:
 
     def spec(self, args: argparse.Namespace) -> ModelSpec:
         """The ViT and the language model, both as wide as the arguments say."""
+        if args.context_parallel_size > 1:
+            raise ConfigError(
+                f"--context-parallel-size {args.context_parallel_size}: chunks of a LLaVAModel run "
+                "whole sequences; give --context-parallel-size 1, or train scripts/pretrain_vlm.py"
+            )
         common: dict[str, Any] = {
             "hidden_size": args.hidden_size,
             "ffn_hidden_size": args.ffn_hidden_size,

@@ -171,7 +171,6 @@ class PipeWeaverSchedule:
                 model=chunks,
                 microbatches=load.microbatches,
                 config=config,
-                context_parallel_size=groups.cp.size(),
                 forward_only=forward_only,
                 collect_non_loss_data=collect_non_loss_data,
                 first_val_step=first_val_step,

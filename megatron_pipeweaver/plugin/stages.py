@@ -35,7 +35,6 @@ class StepContext:
     model: Sequence[torch.nn.Module]
     microbatches: Sequence[Mapping[str, Any] | None]
     config: Any
-    context_parallel_size: int
     forward_only: bool
     collect_non_loss_data: bool
     first_val_step: bool | None
@@ -115,7 +114,7 @@ class MegatronStages:
                 list(inputs) or [None],
                 outcomes,
                 context.config,
-                context.context_parallel_size,
+                1,  # context-parallel ranks all hand out the whole loss
                 collect_non_loss_data=context.collect_non_loss_data,
                 is_first_microbatch=self._is_first_use(virtual_stage),
                 current_microbatch=op.microbatch,

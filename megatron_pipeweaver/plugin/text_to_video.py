@@ -160,6 +160,11 @@ def _check(args: argparse.Namespace) -> None:
             f"--micro-batch-size {args.micro_batch_size}: a microbatch is one row of clips; "
             "give --micro-batch-size 1"
         )
+    if args.context_parallel_size > 1:
+        raise ConfigError(
+            f"--context-parallel-size {args.context_parallel_size}: text-to-video chunks run whole "
+            "rows; give --context-parallel-size 1"
+        )
     if args.sequence_parallel:
         raise ConfigError("--sequence-parallel: text-to-video chunks run without it; leave it out")
     frame = (args.img_h // args.patch_dim) * (args.img_w // args.patch_dim)

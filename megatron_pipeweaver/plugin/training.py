@@ -386,6 +386,7 @@ def run_options(args: argparse.Namespace) -> RunOptions:
             pipeline=args.pipeline_model_parallel_size,
             tensor=args.tensor_model_parallel_size,
             data=args.data_parallel_size,
+            context=args.context_parallel_size,
             sequence_parallel=args.sequence_parallel,
         ),
         attention=Attention.FLASH if engine else Attention.DENSE,

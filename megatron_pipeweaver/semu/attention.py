@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_pipeweaver.semu.interface import Load
 from megatron_pipeweaver.semu.operators import (
     STATISTIC_BYTES,
     Sketch,
+    collective_work,
 )
 from megatron_pipeweaver.semu.options import Attention
 from megatron_pipeweaver.semu.work import (
@@ -65,7 +66,7 @@ def attention(
 ) -> str:
     """Softmax attention of query, key and value, as `RunOptions.attention` has it run.
 
-    The `shape` is that of one rank; with context parallelism see `ring_attention`.
+    The `shape` is that of one rank; with context parallelism see `ring_attention` and `gathered`.
     """
     if sketch.options.attention is Attention.DENSE:
         return _dense_attention(sketch, name, sources, shape)
@@ -105,7 +106,7 @@ def ring_attention(
     Megatron deals causal sequences (front and back chunks together); they are those of this rank.
     """
     ranks = sketch.options.parallel.context
-    if ranks == 1:
+    if ranks == 1 or sketch.options.attention is Attention.DENSE:
         return attention(sketch, name, sources, shape)
     query, *block = sources
     size = shape.rows * shape.heads * shape.head_size
@@ -136,6 +137,34 @@ def ring_attention(
         )
         before = (output, statistics)
     return before[0]
+
+
+def gathered(sketch: Sketch, name: str, share: str) -> str:
+    """Keys or values of all context-parallel ranks, as dense attention wants them.
+
+    They are gathered before attention begins and kept whole, and put in order of the sequence; the
+    gradients are put back, summed up and scattered.
+    """
+    ranks = sketch.options.parallel.context
+    if ranks == 1:
+        return share
+    elements = sketch.elements(share) * ranks
+    output = sketch.tensor(f"{name}.gathered", elements)
+    size = elements * sketch.options.element_bytes
+    gather = collective_work(OperatorClass.ALL_GATHER, size, ranks)
+    scatter = collective_work(OperatorClass.REDUCE_SCATTER, size, ranks)
+    sketch.operators.append(
+        Operator(
+            name=name,
+            kind=OperatorClass.ALL_GATHER,
+            inputs=(share,),
+            outputs=(output,),
+            forward=replace(gather, memory_bytes=gather.memory_bytes + 2 * size),
+            input_grad=replace(scatter, memory_bytes=scatter.memory_bytes + 2 * size),
+            queue=Queue.CONTEXT_LINK,
+        )
+    )
+    return output
 
 
 def _ring_step(sketch: Sketch, name: str, block: tuple[str, ...]) -> str:

@@ -15,6 +15,7 @@ from megatron_pipeweaver.semu.attention import (
     AttentionShape,
     attention,
     cross_pairs,
+    gathered,
     pairs,
     ring_attention,
 )
@@ -134,9 +135,12 @@ def _attention_block(sketch: Sketch, spec: LayerSpec, load: Load, hidden: str) -
         copies=("query",) if groups < heads else (),
     )
     query, key = _positioned(sketch, spec, load, query, key)
-    if options.attention is Attention.DENSE and groups < heads:
-        key = elementwise(sketch, "repeat_key", (key,), query_size)
-        value = elementwise(sketch, "repeat_value", (value,), query_size)
+    if options.attention is Attention.DENSE:
+        key, value = gathered(sketch, "gather_key", key), gathered(sketch, "gather_value", value)
+        if groups < heads:
+            whole_size = query_size * options.parallel.context
+            key = elementwise(sketch, "repeat_key", (key,), whole_size)
+            value = elementwise(sketch, "repeat_value", (value,), whole_size)
     shape = AttentionShape(
         rows=rows,
         heads=heads,
@@ -189,7 +193,7 @@ def _rotary(sketch: Sketch, spec: LayerSpec, load: Load, name: str, source: str)
     makes: tuple[str, ...] = ()
     options = sketch.options
     if not options.fused_rotary:
-        angles = load.sequence * spec.head_size
+        angles = -(-load.sequence // options.parallel.context) * spec.head_size
         makes = (sketch.tensor(f"{name}.cos", angles), sketch.tensor(f"{name}.sin", angles))
     return elementwise(
         sketch,

@@ -13,7 +13,7 @@ from megatron_pipeweaver.semu.cost import CostRule, OperatorCosts
 from megatron_pipeweaver.semu.devices import DeviceProfile
 from megatron_pipeweaver.semu.graph import Memory, Store, emulate
 from megatron_pipeweaver.semu.interface import Load, StageShape
-from megatron_pipeweaver.semu.options import Attention, RunOptions
+from megatron_pipeweaver.semu.options import RunOptions
 from megatron_pipeweaver.semu.reuse import DiskCache, Reuse, content_key, source_digest
 from megatron_pipeweaver.semu.stage_costs import GraphCost, StageCosts, StagePart
 from megatron_pipeweaver.semu.stages import Part, canonical_stage, stage_parts
@@ -38,8 +38,7 @@ class AnalyticCostModel:
         disk: subgraphs of earlier runs; not together with `rules`, whose content is unknown.
 
     Raises:
-        ConfigError: `disk` and `rules` are both given, or attention is dense with context
-            parallelism.
+        ConfigError: `disk` and `rules` are both given.
     """
 
     __slots__ = (
@@ -65,11 +64,6 @@ class AnalyticCostModel:
     ) -> None:
         if disk is not None and rules:
             raise ConfigError("cost model: own latency rules cannot be cached on disk; drop one")
-        if options.parallel.context > 1 and options.attention is Attention.DENSE:
-            raise ConfigError(
-                f"cost model: context parallel size {options.parallel.context} needs fused "
-                "attention; use flash, or size 1"
-            )
         self.profile = profile
         self.options = options
         self.reuse = Reuse() if reuse is None else reuse

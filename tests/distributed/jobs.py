@@ -41,6 +41,7 @@ PLAIN: Mapping[str, Run] = {
 IMAGES: Mapping[str, Run] = {
     "PP 2 x DP 2, overlap": Run(flags=[*TWO, *SAVED]),
     "PP 2 x TP 2, sequence parallel": Run(flags=pipeline(2, *TENSOR_TWO)),
+    "PP 2 x CP 2": Run(flags=pipeline(2, *OVERLAP, "--context-parallel-size", "2")),
     "PP 4, on the host": Run(
         flags=pipeline(
             4,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_pipeweaver.config import SearchConfig
 from megatron_pipeweaver.ir.batch import Item, MicrobatchMetadata
+from megatron_pipeweaver.ir.cluster import ParallelSizes
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleSpec
 from megatron_pipeweaver.ir.problem import Strategy
@@ -97,12 +98,15 @@ class RandomCosts:
 
 
 @contextlib.contextmanager
-def megatron_ranks(pipeline_size: int, virtual_size: int | None) -> Iterator[Any]:
+def megatron_ranks(
+    pipeline_size: int, virtual_size: int | None, context_size: int = 1
+) -> Iterator[Any]:
     """Megatron's parallel state on this job's ranks; yields the process groups."""
     with run_on_cpu():
         parallel_state.initialize_model_parallel(
             pipeline_model_parallel_size=pipeline_size,
             virtual_pipeline_model_parallel_size=virtual_size,
+            context_parallel_size=context_size,
         )
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         try:
@@ -136,6 +140,7 @@ def random_batch(rng: random.Random, dtype: torch.dtype = torch.float64) -> list
 def schedule_for(case: Case, seed: int, **settings: Any) -> PipeWeaverSchedule:
     """PipeWeaver's schedule function for `case`, planning by random costs."""
     dtype = str(case.options.params_dtype).removeprefix("torch.")
+    context = case.options.common.get("context_parallel_size", 1)
     planner = Planner(
         model=case.spec,
         layout=case.layout,
@@ -143,6 +148,7 @@ def schedule_for(case: Case, seed: int, **settings: Any) -> PipeWeaverSchedule:
         sub_microbatch={one.name: case.images_per_pass for one in case.spec.modules[:-1]},
         memory_capacity_bytes=(30_000,) * case.layout.pipeline_size,
         dtypes={one.name: dtype for one in case.spec.modules},
+        parallel=ParallelSizes(pipeline=case.layout.pipeline_size, context=context),
         search=SearchConfig(
             time_budget_ns=20_000_000,
             max_rounds=20,

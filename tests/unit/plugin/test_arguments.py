@@ -207,7 +207,19 @@ def test_flags_without_the_switch_are_refused(flags):
         ({"recompute_granularity": "full"}, "--recompute-granularity full with --pipeweaver"),
         ({"cuda_graph_impl": "local"}, "which a graph cannot replay"),
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2 with --pipeweaver"),
-        ({"context_parallel_size": 2}, "give --context-parallel-size 1"),
+        (
+            {"context_parallel_size": 3, "seq_length": 32, "sequence_parallel": False},
+            "--seq-length 32 with --context-parallel-size 3 .* give a multiple of 6",
+        ),
+        (
+            {
+                "context_parallel_size": 2,
+                "seq_length": 36,
+                "sequence_parallel": True,
+                "tensor_model_parallel_size": 4,
+            },
+            "give a multiple of 8",
+        ),
         ({"num_experts": 8}, "no mixture of experts"),
     ],
     ids=str,
@@ -227,7 +239,6 @@ REFUSED_VALUES = {
     "decoder_last_pipeline_num_layers": 3,
     "recompute_granularity": "selective",
     "cuda_graph_impl": "local",
-    "context_parallel_size": 2,
     "num_experts": 8,
     "mtp_num_layers": 1,
 }
@@ -242,14 +253,16 @@ def test_every_argument_that_is_refused_is_named_with_what_to_do(name):
         ConfigError, match=f"^{flag}.* with --pipeweaver: .*(leave it out|use|give)"
     ):
         check_combinations(refused, PipeWeaverArguments())
-    off = megatron(**{name: 1 if name == "context_parallel_size" else None})
+    off = megatron(**{name: None})
     check_combinations(off, PipeWeaverArguments())
 
 
 def test_what_can_work_together_passes():
     args = megatron(
         cuda_graph_impl="none",
-        context_parallel_size=1,
+        context_parallel_size=2,
+        seq_length=36,
+        sequence_parallel=False,
         recompute_granularity=None,
         hidden_dropout=0.1,
         attention_dropout=0.0,

@@ -40,7 +40,6 @@ def stages_of(cuts: ChunkLayout, model=()) -> MegatronStages:
         model=model,
         microbatches=[],
         config=None,
-        context_parallel_size=1,
         forward_only=False,
         collect_non_loss_data=False,
         first_val_step=None,

@@ -50,6 +50,7 @@ def test_cuda_and_pinning_change_nothing(on_cpu):
     one, layer = torch.zeros(2), torch.nn.Linear(1, 1)
     assert one.cuda(non_blocking=True) is one
     assert one.pin_memory() is one
+    assert torch.tensor([1], device="cuda", pin_memory=True).tolist() == [1]
     assert layer.cuda() is layer
 
 

@@ -74,7 +74,6 @@ class Ranks:
                 model=chunks,
                 microbatches=microbatches,
                 config=config,
-                context_parallel_size=1,
                 forward_only=settings.get("forward_only", False),
                 collect_non_loss_data=False,
                 first_val_step=settings.get("first_val_step"),

@@ -39,6 +39,7 @@ def arguments(*flags: str, **changes: object) -> argparse.Namespace:
         "max_position_embeddings": 8192,
         "micro_batch_size": 1,
         "sequence_parallel": False,
+        "context_parallel_size": 1,
         "pipeline_model_parallel_size": 4,
     }
     return argparse.Namespace(**{**vars(args), **megatron, **changes})
@@ -101,6 +102,7 @@ def test_the_typical_microbatch_fills_the_sequence() -> None:
         ({"decoder_num_layers": None}, "--decoder-num-layers is missing"),
         ({"micro_batch_size": 2}, "--micro-batch-size 1"),
         ({"sequence_parallel": True}, "--sequence-parallel"),
+        ({"context_parallel_size": 2}, "give --context-parallel-size 1"),
         ({"img_w": 31}, "--img-w 31"),
         ({"seq_length": 100}, "--seq-length 100"),
         ({"max_position_embeddings": 100}, "--max-position-embeddings 100"),

@@ -13,7 +13,7 @@ from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.layers import transformer_layer
 from megatron_pipeweaver.semu.memory import module_parameters, rank_states, stage_parameters
 from megatron_pipeweaver.semu.model import AnalyticCostModel
-from megatron_pipeweaver.semu.options import RunOptions
+from megatron_pipeweaver.semu.options import Attention, RunOptions
 from megatron_pipeweaver.semu.presets import module_preset
 from megatron_pipeweaver.semu.stages import stage_parts
 from megatron_pipeweaver.semu.step import forward_flops
@@ -151,3 +151,23 @@ def test_parameters_are_whole_on_every_rank_and_optimizer_states_a_share() -> No
     assert four.weight_bytes == one.weight_bytes
     assert four.gradient_bytes == one.gradient_bytes
     assert four.optimizer_bytes == one.optimizer_bytes // 4
+
+
+def test_dense_attention_gathers_keys_and_values_and_keeps_them_whole() -> None:
+    dense = {
+        context: RunOptions(
+            attention=Attention.DENSE, parallel=ParallelSizes(pipeline=1, context=context)
+        )
+        for context in (1, 4)
+    }
+    one, four = (transformer_layer(layer_spec(LANGUAGE), LOAD, dense[size]) for size in (1, 4))
+    assert not any(each.queue is Queue.CONTEXT_LINK for each in one.operators)
+    links = [each for each in four.operators if each.queue is Queue.CONTEXT_LINK]
+    assert [each.name for each in links] == ["gather_key", "gather_value"]
+    for phase in (Phase.FORWARD, Phase.INPUT_GRAD):
+        assert sum(each.work(phase).network_bytes for each in links) == KV_BYTES * 3 // 4
+    for phase in Phase:
+        assert four.flops(phase) == pytest.approx(one.flops(phase) / 4, rel=1e-6)
+    sizes = [{each.name: each.size_bytes for each in graph.tensors} for graph in (one, four)]
+    assert sizes[1]["attention.probabilities"] == sizes[0]["attention.probabilities"] // 4
+    assert sizes[1]["repeat_key.out"] == sizes[0]["repeat_key.out"]

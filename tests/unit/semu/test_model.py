@@ -1,6 +1,5 @@
 import pytest
 
-from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.cluster import ParallelSizes
 from megatron_pipeweaver.ir.lmm import LayerOptions, ModuleKind, ModuleSpec
 from megatron_pipeweaver.ir.strategy import LayerStrategy
@@ -140,11 +139,3 @@ def test_offloaded_layers_leave_the_device_and_hide_their_copies() -> None:
 def test_larger_messages_take_longer() -> None:
     costs = _costs()
     assert 0 < costs.p2p_latency_ns(1) < costs.p2p_latency_ns(10**9)
-
-
-def test_context_parallelism_needs_fused_attention() -> None:
-    with pytest.raises(ConfigError, match="context parallel size 2 needs fused attention"):
-        AnalyticCostModel(
-            load_device("H100"),
-            RunOptions(attention=Attention.DENSE, parallel=ParallelSizes(pipeline=1, context=2)),
-        )
