@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.ablation.jobs import STRATEGIES, capacity, load_bench, partition
+from benchmarks.ablation.jobs import STRATEGIES, Bench, capacity, load_bench, partition
 from megatron_pipeweaver.compiler.check import check_schedule
 from megatron_pipeweaver.config import SECOND_NS, SearchConfig
 from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.partition.candidates import PerLayerCosts
+from megatron_pipeweaver.partition.offline import Partition
 from megatron_pipeweaver.partition.workload import Workload, make_workload
-from megatron_pipeweaver.planner.splits import Sizes, search_splits, split_sizes
+from megatron_pipeweaver.planner.splits import Alternative, Sizes, search_alternatives, split_sizes
 
 COLUMNS = ("setup", "sizes", "batch", "chosen", "makespan_ns", "bound_ns")
 
@@ -52,20 +54,15 @@ def main() -> None:
             room = capacity(bench, cut)
             total = 0
             for index, batch in enumerate(bench.batches):
-
-                def workload(split: Sizes, batch: BatchMetadata = batch) -> Workload:
-                    return make_workload(
-                        batch,
-                        bench.model,
-                        cut.layout,  # noqa: B023
-                        split,
-                        PerLayerCosts(bench.costs, STRATEGIES),
-                        room,  # noqa: B023
-                        parallel=bench.setup.parallel,
-                        element_bytes=bench.options.element_bytes,
-                    )
-
-                found = search_splits(workload, sizes, search)
+                found = search_alternatives(
+                    [
+                        Alternative(
+                            sizes=one, workload=_workload(bench, batch, cut, one, room), apart=True
+                        )
+                        for one in sizes
+                    ],
+                    search,
+                )
                 schedule = found.result.schedule
                 check_schedule(found.workload.problem, schedule)
                 total += schedule.makespan_ns
@@ -74,6 +71,21 @@ def main() -> None:
                      schedule.lower_bound_ns)
                 )  # fmt: skip
             print(f"B = {name}: mean {total / len(bench.batches) / 1e9:.3f} s", flush=True)
+
+
+def _workload(
+    bench: Bench, batch: BatchMetadata, cut: Partition, sizes: Sizes, room: Sequence[int]
+) -> Workload:
+    return make_workload(
+        batch,
+        bench.model,
+        cut.layout,
+        sizes,
+        PerLayerCosts(bench.costs, STRATEGIES),
+        room,
+        parallel=bench.setup.parallel,
+        element_bytes=bench.options.element_bytes,
+    )
 
 
 if __name__ == "__main__":

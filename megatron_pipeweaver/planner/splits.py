@@ -16,7 +16,7 @@ costs beyond its parts is in the times of its own problem.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_pipeweaver.config import SearchConfig
@@ -76,25 +76,6 @@ def split_sizes(sizes: Sizes, percents: Sequence[int]) -> tuple[Sizes, ...]:
         if scaled not in found:
             found.append(scaled)
     return tuple(found)
-
-
-def search_splits(
-    make: Callable[[Sizes], Workload], splits: Sequence[Sizes], search: SearchConfig
-) -> SplitResult:
-    """The best schedule over `splits` within the search's budget; a single split has it all.
-
-    Args:
-        make: the batch's problem under a split.
-        splits: items per sub-microbatch, by module, for each alternative.
-        search: how long and how hard to search, trials included.
-
-    Raises:
-        InfeasibleError: a microbatch alone does not fit, whatever the split.
-    """
-    apart = search.split_weight_grad
-    return search_alternatives(
-        [Alternative(sizes=one, workload=make(one), apart=apart) for one in splits], search
-    )
 
 
 def search_alternatives(alternatives: Sequence[Alternative], search: SearchConfig) -> SplitResult:
