@@ -10,6 +10,7 @@ from megatron_pipeweaver.cli.search_flags import add_search_arguments, search_co
 from megatron_pipeweaver.compiler.check import check_schedule
 from megatron_pipeweaver.search.anytime import solve
 from megatron_pipeweaver.search.baselines import BASELINES, schedule
+from megatron_pipeweaver.search.contiguous import contiguous
 from megatron_pipeweaver.view.report import ScheduleRow, comparison_table
 
 HELP = "compare the searched schedule of a problem file with the static ones"
@@ -31,6 +32,9 @@ def run(args: argparse.Namespace) -> int:
         schedules[name.replace("_", " ")] = static
     for one in schedules.values():
         check_schedule(problem, one)
+    recut = contiguous(problem)
+    schedules["one f one b, contiguous cut"] = schedule(recut, "one_f_one_b")
+    check_schedule(recut, schedules["one f one b, contiguous cut"])
     print(
         comparison_table(
             [ScheduleRow.of(name, one) for name, one in schedules.items()],

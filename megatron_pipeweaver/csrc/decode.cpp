@@ -204,8 +204,12 @@ void Decoder::choose(i32 rank) {
   state.stale = false;
   state.forward = state.backward = Choice{};
   for (const i32 kind : {kForward, kBackward}) {
+    const Choice& best = kind == kForward ? state.forward : state.backward;
     const i32 waiting = static_cast<i32>(state.ready[kind].size());
-    for (i32 index = 0; index < waiting; ++index) offer(state, kind, index);
+    // Behind one that can start at once there is nothing better: keys rise.
+    for (i32 index = 0; index < waiting && best.start > state.free; ++index) {
+      offer(state, kind, index);
+    }
   }
   if (rank == 0) choose_entering(state.forward);
   decide(state);
@@ -362,8 +366,7 @@ void Decoder::execute(i32 rank) {
       --entering_in_flight_;
     } else {
       std::vector<Ready>& list = state.ready[choice.kind];
-      list[choice.index] = list.back();
-      list.pop_back();
+      list.erase(list.begin() + choice.index);
     }
     if (choice.kind == kForward) {
       finish_forward(pair, end);
@@ -391,10 +394,17 @@ void Decoder::retire(i32 microbatch) {
 
 void Decoder::arrive(i32 pair, i32 kind, i64 time) {
   Rank& state = ranks_[m_.pair_rank[pair]];
-  state.ready[kind].push_back({time, policy_->key[op_of(pair, kind)], pair});
+  std::vector<Ready>& list = state.ready[kind];
+  const Ready item{time, policy_->key[op_of(pair, kind)], pair};
+  std::size_t at = list.size();
+  while (at > 0 && std::pair(list[at - 1].key, list[at - 1].pair) > std::pair(item.key, pair)) --at;
+  list.insert(list.begin() + static_cast<std::ptrdiff_t>(at), item);
   if (state.stale) return;
   // All else is as it was when the rank chose.
-  offer(state, kind, static_cast<i32>(state.ready[kind].size()) - 1);
+  const i32 index = static_cast<i32>(at);
+  Choice& best = kind == kForward ? state.forward : state.backward;
+  if (best.index >= index) ++best.index;
+  offer(state, kind, index);
   decide(state);
 }
 

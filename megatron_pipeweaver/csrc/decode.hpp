@@ -62,7 +62,7 @@ class Decoder {
     i32 last_kind = -1;
     i32 freed = 0;  // grows whenever a forward that was refused may be admitted
     bool stale = true;
-    std::vector<Ready> ready[2];               // forwards, backwards
+    std::vector<Ready> ready[2];               // forwards, backwards; by key, then stage pair
     std::vector<std::pair<i64, i32>> weights;  // heap: stage pairs whose weight gradient waits
     Choice forward, backward;  // the best of each kind; what enters counts as a forward
     Choice choice;

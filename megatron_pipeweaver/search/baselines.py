@@ -41,8 +41,8 @@ def one_f_one_b_policy(problem: Problem, levels: list[int]) -> Policy:
 
     1F1B of D. Narayanan et al., "Memory-efficient pipeline-parallel DNN training" (ICML 2021,
     PipeDream-Flush): at most as many microbatches in flight as the pipeline is deep, forwards and
-    backwards by turns. The chunks' places are given by the problem, so its contiguous split is the
-    chain of all chunks a microbatch goes through.
+    backwards by turns. Where chunks run is given by the problem; on the best contiguous split of
+    all chunks it is this rule on another problem, that of `contiguous.contiguous`.
     """
     made = interleaved_1f1b_policy(problem, levels)
     depth = max(
