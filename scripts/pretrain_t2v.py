@@ -10,95 +10,26 @@ trains on one pipeline rank by Megatron's own schedule.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # see megatron_pipeweaver.plugin.cpu
-
 import torch
-from megatron.core import parallel_state
-from megatron.core.enums import ModelType
+from streams import sample_streams
 from t2v_data import ClipOptions, ClipSamples
-from vlm_data import MicrobatchStream
+from training_script import refuse_wrong_loss, summed_loss, train
 
-from megatron_pipeweaver.errors import ConfigError, PipeWeaverError
-from megatron_pipeweaver.plugin.providers import WholeModel
 from megatron_pipeweaver.plugin.text_to_video import TextToVideo, add_text_to_video_arguments
-from megatron_pipeweaver.plugin.training import megatron_training
-
-FAMILY = TextToVideo()
-_EVALUATION_SEED = 1 << 20
-"""What evaluation's clips are drawn with beside ``--seed``, so that they are not trained on."""
 
 
 def main() -> int:
     """Train as the command line says; returns the exit code."""
-    try:
-        with megatron_training(FAMILY):
-            run()
-    except PipeWeaverError as error:
-        # What is wrong with the arguments is wrong on every rank alike.
-        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
-            print(f"pretrain_t2v: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return train(TextToVideo(), streams, forward_step, add_text_to_video_arguments)
 
 
-def run() -> None:
-    """Megatron's own course of things."""
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
-
-    args = parse_and_validate_args(
-        extra_args_provider=add_text_to_video_arguments,
-        args_defaults={"tokenizer_type": "NullTokenizer", "dataloader_type": "external"},
-    )
-    data_provider.is_distributed = True  # type: ignore[attr-defined]
-    pretrain(
-        pretrain_cfg_container_from_args(args),
-        data_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        model_provider,
-    )
-
-
-def model_provider(
-    pre_process: bool = True,
-    post_process: bool = True,
-    vp_stage: int | None = None,
-    config: Any = None,
-    pg_collection: Any = None,
-) -> WholeModel:
-    """The model without PipeWeaver: in one piece, on one pipeline rank."""
-    from megatron.training import get_args
-
-    del pre_process, post_process, vp_stage, config
-    return FAMILY.whole(get_args(), pg_collection)
-
-
-def data_provider(train_valid_test_num_samples: Sequence[int]) -> list[Iterator[Any]]:
+def streams(args: argparse.Namespace) -> Sequence[Any]:
     """Microbatches to train on, to validate on and to test on, each without end."""
-    from megatron.training import get_args
-
-    del train_valid_test_num_samples
-    args = get_args()
-    consumed = [args.consumed_train_samples, args.consumed_valid_samples, 0]
-    return [
-        MicrobatchStream(
-            ClipSamples(clip_options(args, args.seed + index * _EVALUATION_SEED)),
-            first=first,
-            size=1,
-            replica=parallel_state.get_data_parallel_rank(),
-            replicas=parallel_state.get_data_parallel_world_size(),
-        )
-        for index, first in enumerate(consumed)
-    ]
+    return sample_streams(args, lambda seed: ClipSamples(clip_options(args, seed)))
 
 
 def clip_options(args: argparse.Namespace, seed: int) -> ClipOptions:
@@ -119,7 +50,7 @@ def clip_options(args: argparse.Namespace, seed: int) -> ClipOptions:
 
 def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Any, Any]:
     """Megatron's forward step: one microbatch through one chunk, or through the whole model."""
-    return model(on_device(next(data_iterator))), mean_of_patches
+    return model(on_device(next(data_iterator))), loss_of_patches
 
 
 def on_device(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,14 +65,13 @@ def on_device(batch: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def mean_of_patches(
+def loss_of_patches(
     losses: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """The summed loss, how many patches it is of, and both for Megatron's log."""
-    total = losses.float().sum()
-    count = torch.tensor(losses.numel(), device=losses.device)
-    record = torch.stack([total.detach().clone(), count.float()])
-    return total, count.to(torch.int), {"video loss": record}
+    """The summed loss of all patches, as Megatron asks for it."""
+    found = summed_loss("video loss", losses, torch.ones_like(losses, dtype=torch.float32))
+    refuse_wrong_loss(found[0])
+    return found
 
 
 if __name__ == "__main__":

@@ -10,59 +10,27 @@ trains on one pipeline rank by Megatron's own schedule.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # see megatron_pipeweaver.plugin.cpu
-
 import torch
-from megatron.core import parallel_state
-from megatron.core.rerun_state_machine import get_rerun_state_machine
-from vlm_data import MicrobatchStream, SampleOptions, Samples
+from streams import sample_streams
+from training_script import refuse_wrong_loss, summed_loss, train
+from vlm_data import SampleOptions, Samples
 
-from megatron_pipeweaver.errors import ConfigError, PipeWeaverError
-from megatron_pipeweaver.plugin.providers import (
+from megatron_pipeweaver.plugin.vision_language import (
     VisionLanguage,
-    WholeModel,
     add_vision_language_arguments,
 )
-from megatron_pipeweaver.plugin.training import megatron_training, run_pretrain
 
 FAMILY = VisionLanguage()
-_EVALUATION_SEED = 1 << 20
-"""What evaluation's samples are drawn with beside ``--seed``, so that they are not trained on."""
 
 
 def main() -> int:
     """Train as the command line says; returns the exit code."""
-    try:
-        with megatron_training(FAMILY):
-            run()
-    except PipeWeaverError as error:
-        # What is wrong with the arguments is wrong on every rank alike.
-        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
-            print(f"pretrain_vlm: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-def run() -> None:
-    """Megatron's own course of things."""
-    data_provider.is_distributed = True  # type: ignore[attr-defined]
-    # Where Megatron is a fork that calls PipeWeaver itself (`patches/`).
-    model_provider.pipeweaver_family = FAMILY  # type: ignore[attr-defined]
-    run_pretrain(
-        data_provider,
-        forward_step,
-        model_provider,
-        extra_args_provider=add_arguments,
-        args_defaults={"tokenizer_type": "NullTokenizer", "dataloader_type": "external"},
-    )
+    return train(FAMILY, streams, forward_step, add_arguments)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -84,41 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def model_provider(
-    pre_process: bool = True,
-    post_process: bool = True,
-    vp_stage: int | None = None,
-    config: Any = None,
-    pg_collection: Any = None,
-) -> WholeModel:
-    """The model without PipeWeaver: in one piece, on one pipeline rank."""
-    from megatron.training import get_args
-
-    del pre_process, post_process, vp_stage, config
-    return FAMILY.whole(get_args(), pg_collection)
-
-
-def data_provider(train_valid_test_num_samples: Sequence[int]) -> list[Iterator[Any]]:
+def streams(args: argparse.Namespace) -> Sequence[Any]:
     """Microbatches to train on, to validate on and to test on, each without end."""
-    from megatron.training import get_args
-
-    del train_valid_test_num_samples
-    args = get_args()
     if args.energon:
         from vlm_energon import energon_streams
 
         return energon_streams(args, FAMILY)
-    consumed = [args.consumed_train_samples, args.consumed_valid_samples, 0]
-    return [
-        MicrobatchStream(
-            Samples(sample_options(args, args.seed + index * _EVALUATION_SEED)),
-            first=first,
-            size=args.micro_batch_size,
-            replica=parallel_state.get_data_parallel_rank(),
-            replicas=parallel_state.get_data_parallel_world_size(),
-        )
-        for index, first in enumerate(consumed)
-    ]
+    return sample_streams(args, lambda seed: Samples(sample_options(args, seed)))
 
 
 def sample_options(args: argparse.Namespace, seed: int) -> SampleOptions:
@@ -145,33 +85,10 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Any, Any]:
 def loss_of_tokens(
     batch: Mapping[str, torch.Tensor], losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """The summed loss, how many tokens it is of, and both for Megatron's log."""
-    mask = batch["loss_mask"]
-    total, count = (losses.float() * mask).sum(), mask.sum()
-    refuse_wrong_loss(total)
-    record = torch.stack([total.detach().clone(), count])
-    return total, count.to(torch.int), {"lm loss": record}
-
-
-def refuse_wrong_loss(loss: torch.Tensor) -> None:
-    """Show the loss to Megatron's rerun state machine, as its own scripts do.
-
-    With ``--check-for-nan-in-loss-and-grad``, which is on unless it is turned off, a loss that is
-    no number ends the job, after a second run of the iteration where ``--rerun-mode`` says so.
-    """
-    from megatron.training import get_args
-
-    if not get_args().check_for_nan_in_loss_and_grad:
-        return
-    checks = {"NaN": torch.isnan, "Inf": torch.isinf}
-    for name, check in checks.items():
-        get_rerun_state_machine().validate_result(
-            result=loss.detach().clone(),  # Megatron divides the loss in place
-            rejection_func=check,
-            message=f"found {name} in local forward loss calculation",
-            tolerance=0.0,
-            fatal=True,
-        )
+    """The summed loss of the tokens that count, as Megatron asks for it."""
+    found = summed_loss("lm loss", losses, batch["loss_mask"])
+    refuse_wrong_loss(found[0])
+    return found
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ that can be learned. With `--mock-data` images and text are random instead.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,36 +117,6 @@ class Samples:
         images, digits = load_digits(size)
         chosen = rng.integers(0, len(digits), count)
         return images[chosen], digits[chosen]
-
-
-class MicrobatchStream:
-    """Microbatch after microbatch of one data-parallel rank, without end.
-
-    Replicas take turns as under Megatron's own sampler: of each stretch of samples, as long as
-    all replicas' microbatches together, a replica takes its part.
-
-    Args:
-        samples: where they come from.
-        first: the number of the first sample of all replicas; those consumed before, say.
-        size: samples of a microbatch.
-        replica: this data-parallel rank.
-        replicas: how many there are.
-    """
-
-    def __init__(
-        self, samples: Samples, *, first: int, size: int, replica: int, replicas: int
-    ) -> None:
-        self._samples = samples
-        self._next = first + replica * size
-        self._size = size
-        self._stride = replicas * size
-
-    def __iter__(self) -> Iterator[Microbatch]:
-        return self
-
-    def __next__(self) -> Microbatch:
-        first, self._next = self._next, self._next + self._stride
-        return self._samples.microbatch(first, self._size)
 
 
 @functools.cache

@@ -40,7 +40,7 @@ from torch.nn.functional import interpolate
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.plugin.energon import EnergonStream, read_state
-from megatron_pipeweaver.plugin.providers import VisionLanguage
+from megatron_pipeweaver.plugin.vision_language import VisionLanguage
 
 Tokenize = Callable[[str], Sequence[int]]
 

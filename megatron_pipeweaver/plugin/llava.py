@@ -35,7 +35,8 @@ from megatron_pipeweaver.models.parameters import global_name
 from megatron_pipeweaver.models.strategy import StrategyLayer
 from megatron_pipeweaver.plugin.data import DescribeMicrobatch
 from megatron_pipeweaver.plugin.patching import Patch, PatchSet
-from megatron_pipeweaver.plugin.providers import LANGUAGE, VISION, ChunkProvider, ChunkSeries
+from megatron_pipeweaver.plugin.providers import ChunkProvider, ChunkSeries
+from megatron_pipeweaver.plugin.vision_language import LANGUAGE, VISION
 
 Given = Mapping[str, Any]
 """What a script hands to `LLaVAModel`, by parameter."""

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
-
-from megatron.core.process_groups_config import ProcessGroupCollection
+from typing import Any, final
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.batch import Item, MicrobatchMetadata
-from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.lmm import LayerOptions, ModelSpec, Modulation, ModuleKind, ModuleSpec
-from megatron_pipeweaver.models.build import build_chunks
 from megatron_pipeweaver.models.options import ModelOptions
-from megatron_pipeweaver.partition.chunks import make_layout
 from megatron_pipeweaver.plugin.data import DescribeMicrobatch
-from megatron_pipeweaver.plugin.providers import (
-    ChunkProvider,
-    ChunkSeries,
-    WholeModel,
-    model_options,
-)
+from megatron_pipeweaver.plugin.providers import ChunkFamily, model_options
 
 TEXT, VIDEO = "text", "video"
 
 
-class TextToVideo:
-    """A text encoder and a diffusion transformer of PipeWeaver's chunks; a `ModelFamily`.
+@final
+class TextToVideo(ChunkFamily):
+    """A text encoder and a diffusion transformer.
 
     Microbatches are those of `models.diffusion`: ``clips``, ``noise``, ``timesteps``, ``prompts``.
     """
@@ -65,32 +55,20 @@ class TextToVideo:
 
         return read
 
-    def provider(
-        self, args: argparse.Namespace, layout: ChunkLayout, original: ChunkProvider | None = None
-    ) -> ChunkProvider:
-        """Makes the rank's chunks at the first call, and hands out one per call."""
-        del original
-        return ChunkSeries(
-            lambda groups: build_chunks(
-                self.spec(args), layout, video_options(args), pg_collection=groups
-            )
+    def options(self, args: argparse.Namespace) -> ModelOptions:
+        """How chunks are made; norms and biases of the arguments are the text encoder's."""
+        return model_options(
+            args,
+            {
+                TEXT: {"qk_layernorm": False},
+                f"{TEXT}_projection": {"num_attention_heads": args.tensor_model_parallel_size},
+                VIDEO: {
+                    "kv_channels": args.kv_channels,
+                    "normalization": "LayerNorm",
+                    "add_bias_linear": True,
+                },
+            },
         )
-
-    def whole(self, args: argparse.Namespace, pg_collection: Any = None) -> WholeModel:
-        """The same model in one piece, for one pipeline rank and Megatron's own schedule.
-
-        Raises:
-            ConfigError: the job has several pipeline ranks.
-        """
-        if args.pipeline_model_parallel_size > 1:
-            raise ConfigError(
-                f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}: the model "
-                "is cut for pipelines by PipeWeaver; add --pipeweaver"
-            )
-        spec = self.spec(args)
-        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        layout = make_layout(spec, 1, {})
-        return WholeModel(build_chunks(spec, layout, video_options(args), pg_collection=groups))
 
 
 def add_text_to_video_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -130,24 +108,6 @@ def add_text_to_video_arguments(parser: argparse.ArgumentParser) -> argparse.Arg
         "--prompt-length", type=int, default=256, help="Most tokens of a clip's prompt."
     )
     return parser
-
-
-def video_options(args: argparse.Namespace) -> ModelOptions:
-    """How chunks are made, from Megatron's arguments; norms and biases are the text encoder's."""
-    options = model_options(args)
-    heads = {"num_attention_heads": args.tensor_model_parallel_size}
-    return replace(
-        options,
-        overrides={
-            TEXT: {"qk_layernorm": False},
-            f"{TEXT}_projection": heads,
-            VIDEO: {
-                "kv_channels": args.kv_channels,
-                "normalization": "LayerNorm",
-                "add_bias_linear": True,
-            },
-        },
-    )
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from megatron_pipeweaver.models.hugging_face import read_model
 from megatron_pipeweaver.models.hugging_face_weights import SafetensorsFolder, load_parameters
 from megatron_pipeweaver.models.parameters import global_parameters
 from megatron_pipeweaver.plugin.import_hf import write_checkpoint
-from megatron_pipeweaver.plugin.providers import hugging_face_spec
+from megatron_pipeweaver.plugin.vision_language import hugging_face_spec
 from tests.unit.models.examples import Model, cut
 from tests.unit.models.test_hugging_face import llava, qwen2_vl
 

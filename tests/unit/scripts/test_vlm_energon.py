@@ -19,7 +19,7 @@ from megatron.energon import SkipSample, WorkerConfig
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.plugin.data import LookAhead
 from megatron_pipeweaver.plugin.energon import EnergonStream, read_state
-from megatron_pipeweaver.plugin.providers import VISION, VisionLanguage
+from megatron_pipeweaver.plugin.vision_language import VISION, VisionLanguage
 from tests.photographs import CAPTIONS, make_dataset
 from tests.unit.scripts.conftest import QUICKSTART, script_module
 
