@@ -84,8 +84,10 @@ def check_links(rank: int, device: torch.device) -> None:
     """Every rank sends its number to the next one."""
     transport = ProcessGroupTransport([range(RANKS)], device=device, timeout=timedelta(seconds=60))
     target, source = (rank + 1) % RANKS, (rank - 1) % RANKS
-    received = transport.irecv(_message(source, rank))
-    sent = transport.isend(_message(rank, target), torch.full((3,), float(rank), device=device))
+    (received,) = transport.irecv([_message(source, rank)])
+    (sent,) = transport.isend(
+        [_message(rank, target)], [torch.full((3,), float(rank), device=device)]
+    )
     if received.wait().tolist() != [float(source)] * 3:
         raise RuntimeError(f"rank {rank}: the message of rank {source} arrived damaged")
     sent.wait()

@@ -49,13 +49,13 @@ class NoTransport:
     def __init__(self) -> None:
         self._ready = _Ready(torch.zeros(TINY, dtype=torch.float64))
 
-    def isend(self, message: Message, tensor: Tensor) -> Pending:
+    def isend(self, messages: Sequence[Message], tensors: Sequence[Tensor]) -> Sequence[Pending]:
         """Nothing to send."""
-        return self._ready
+        return [self._ready] * len(messages)
 
-    def irecv(self, message: Message) -> Pending:
+    def irecv(self, messages: Sequence[Message]) -> Sequence[Pending]:
         """There already."""
-        return self._ready
+        return [self._ready] * len(messages)
 
 
 class NoStages:

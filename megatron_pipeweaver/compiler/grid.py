@@ -6,8 +6,9 @@ One word per action, one line per rank:
     rank 1 | vision1.RECV_F3<0#0 vision1.WAIT_RECV_F3<0#0 vision1.F3[keep]
 
 ``[keep]`` is the strategy; ``>1`` and ``<0`` are the peer's rank; ``#0`` is the message's number
-between the two ranks in that direction. A send is named by the op that made its tensor, a receive
-by the op that needs it.
+between the two ranks in that direction, ``#0+1`` a group of two that are posted as one. A send is
+named by the op that made its tensor, a receive by the op that needs it, a group by its first
+message.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from megatron_pipeweaver.ir.text import format_grid, parse_grid, parse_op
 
 _KIND_OF_VERB = {verb: kind for kind, verb in VERBS.items()}
 _TRANSFER = re.compile(
-    r".+\.(?P<verb>(?:WAIT_)?(?:SEND|RECV))_[FB][\d.]+[<>](?P<peer>\d+)#(?P<sequence>\d+)", re.ASCII
+    r".+\.(?P<verb>(?:WAIT_)?(?:SEND|RECV))_[FB][\d.]+[<>](?P<peer>\d+)"
+    r"#(?P<sequences>\d+(?:\+\d+)*)",
+    re.ASCII,
 )
 _COMPUTE = re.compile(r"(?P<op>.+)\[(?P<strategy>[^\[\]]*)\]")
 
@@ -82,13 +85,14 @@ def _parse_action(word: str, rank: int, words: _Words) -> Action:
         kind = _KIND_OF_VERB[transfer["verb"]]
         peer = int(transfer["peer"])
         pair = (rank, peer) if kind in SENDING else (peer, rank)
-        index = words.messages.get((*pair, int(transfer["sequence"])))
-        if index is None:
+        found = [words.messages.get((*pair, int(one))) for one in transfer["sequences"].split("+")]
+        messages = tuple(one for one in found if one is not None)
+        if len(messages) < len(found):
             raise ConfigError(
                 f"rank {rank}: {word!r} names a message that the plan does not have; its peer and "
                 "number must be those of one"
             )
-        return TransferAction(kind=kind, message=index)
+        return TransferAction(kind=kind, messages=messages)
     compute = _COMPUTE.fullmatch(word)
     if compute is None:
         raise ConfigError(

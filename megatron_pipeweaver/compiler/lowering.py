@@ -8,6 +8,7 @@
 A send is posted right after the op that made its tensor; a receive a bounded number of ops before
 the op that needs it; its wait right before that op. A send is awaited only where the order of all
 ops says that its tensor was used by then, so that the buffer can go; at the end at the latest.
+Messages that may go together are posted as one on both ends (`compiler.groups`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
+from megatron_pipeweaver.compiler.groups import message_groups
 from megatron_pipeweaver.compiler.messages import activation_of, message_shape, remote_sources
 from megatron_pipeweaver.compiler.order import linear_extension
 from megatron_pipeweaver.errors import ConfigError, PlanInvalidError
@@ -51,15 +53,20 @@ class Windows:
 
     `receive` ops before its consumer a receive is posted: a pending NCCL receive holds streaming
     multiprocessors, so few; gloo may post them all. A send is awaited `send` ops after the order
-    of all ops has passed its consumer.
+    of all ops has passed its consumer. `group` messages at most are posted as one, whose receives
+    may stand another `receive` ops early; 1 posts each message alone.
     """
 
     receive: int = 4
     send: int = 2
+    group: int = 8
 
     def __post_init__(self) -> None:
-        if self.receive < 0 or self.send < 0:
-            raise ConfigError(f"windows: receive={self.receive}, send={self.send}; need >= 0")
+        if self.receive < 0 or self.send < 0 or self.group < 1:
+            raise ConfigError(
+                f"windows: receive={self.receive}, send={self.send}, group={self.group}; "
+                "need >= 0, >= 0 and >= 1"
+            )
 
 
 def compile_plan(
@@ -79,7 +86,7 @@ def compile_plan(
         payloads: items and shapes of every pass of `problem`.
         dtypes: per module, the element type of what its stages hand on, by torch's name.
         forward_only: leave out every backward, and run the forwards in the same order.
-        windows: how early to post receives and how late to await sends.
+        windows: how early to post receives, how late to await sends, how many to post as one.
 
     Raises:
         PlanInvalidError: a pass has no payload, a module no known element type, or the schedule
@@ -99,10 +106,12 @@ def compile_plan(
     )
     graph = plan.graph()
     order = linear_extension(graph, ranks)
-    messages = _messages(graph, order, payloads, _checked_dtypes(problem, dtypes))
-    actions = _action_lists(graph, order, messages, _memory(problem, order), windows or Windows())
     if forward_only:
-        plan = replace(plan, makespan_ns=_forward_makespan_ns(problem.graph, order))
+        order = _started_at_once(problem.graph, order)
+        plan = replace(plan, makespan_ns=max((op.end_ns for op in order), default=0))
+    messages = _messages(graph, order, payloads, _checked_dtypes(problem, dtypes))
+    memory = _memory(problem, order)
+    actions = _action_lists(problem.graph, order, messages, memory, windows or Windows())
     return replace(plan, messages=messages, ranks=actions)
 
 
@@ -143,16 +152,18 @@ def _kept_ops(schedule: Schedule, forward_only: bool) -> tuple[tuple[ScheduledOp
     )
 
 
-def _forward_makespan_ns(graph: PassGraph, order: Sequence[ScheduledOp]) -> int:
-    """The emulated time of forwards alone, each started as soon as it can be."""
+def _started_at_once(graph: PassGraph, order: Sequence[ScheduledOp]) -> tuple[ScheduledOp, ...]:
+    """`order`, forwards alone, with the times at which each can start without the backwards."""
     free = [0] * graph.pipeline_size
     ended: dict[OpKey, int] = {}
+    timed = []
     for op in order:
         rank = graph.rank_of(op.key.stage)
         waits = (ended[one.op] + one.latency_ns for one in dependencies(graph, op.key))
-        ended[op.key] = max(free[rank], *waits, 0) + op.end_ns - op.start_ns
-        free[rank] = ended[op.key]
-    return max(free)
+        start_ns = max(free[rank], *waits, 0)
+        ended[op.key] = free[rank] = start_ns + op.end_ns - op.start_ns
+        timed.append(replace(op, start_ns=start_ns, end_ns=ended[op.key]))
+    return tuple(timed)
 
 
 def _memory(problem: Problem, order: Sequence[ScheduledOp]) -> Mapping[OpKey, int]:
@@ -217,12 +228,15 @@ def _action_lists(
     """Each rank's ops in their order, with the transfers of `messages` around them."""
     step = _steps_on_rank(graph, order)
     around = _Around()
-    for index, posted in enumerate(_receive_steps(messages, step, windows.receive)):
-        around.add(messages[index].target_rank, posted, _BEFORE, ActionKind.IRECV, index)
+    posted = _receive_steps(messages, step, windows.receive)
+    groups = message_groups(graph, order, messages, step, most=windows.group, reach=windows.receive)
+    for group in groups:
+        first = messages[group[0]]
+        around.add(first.target_rank, posted[group[0]], _BEFORE, ActionKind.IRECV, *group)
+        around.add(first.source_rank, step[first.source], _AFTER, ActionKind.ISEND, *group)
     sends_due = _send_wait_steps(graph, order, messages, step, windows.send)
     for index, message in enumerate(messages):
         around.add(message.target_rank, step[message.target], _NEED, ActionKind.WAIT_IRECV, index)
-        around.add(message.source_rank, step[message.source], _AFTER, ActionKind.ISEND, index)
         around.add(message.source_rank, sends_due[index], _FREE, ActionKind.WAIT_ISEND, index)
     lists: list[list[Action]] = [[] for _ in range(graph.pipeline_size)]
     for op in order:
@@ -254,8 +268,8 @@ class _Around:
     def __init__(self) -> None:
         self._slots: defaultdict[tuple[int, int, int], list[Action]] = defaultdict(list)
 
-    def add(self, rank: int, step: int, slot: int, kind: ActionKind, message: int) -> None:
-        self._slots[rank, step, slot].append(TransferAction(kind=kind, message=message))
+    def add(self, rank: int, step: int, slot: int, kind: ActionKind, *messages: int) -> None:
+        self._slots[rank, step, slot].append(TransferAction(kind=kind, messages=messages))
 
     def at(self, rank: int, step: int, slot: int) -> Sequence[Action]:
         return self._slots.get((rank, step, slot), ())

@@ -3,8 +3,9 @@
 What is proven: every pass stands once; order is respected; every send meets its receive in the
 same order on both ends, with the right shape, ranks and ops; every receive is awaited before its
 tensor is used; no wait is cyclic under rendezvous semantics; memory stays under capacity in the
-order of execution. The verifier knows nothing of how plans are made: it reads the dependency rule
-of `ir.problem` and the plan.
+order of execution. Messages that are posted as one are one step, which completes when all of them
+can. The verifier knows nothing of how plans are made: it reads the dependency rule of `ir.problem`
+and the plan.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def verify(plan: Plan) -> VerifiedPlan:
     transfers = _transfer_places(plan)
     _check_messages(plan, graph, waits)
     _check_transfers(plan, transfers)
+    _check_groups(plan, transfers)
     _check_order(plan, waits, ops, transfers)
     _check_pair_order(plan, transfers)
     _check_progress(plan)
@@ -157,18 +159,21 @@ def _transfer_places(plan: Plan) -> tuple[dict[ActionKind, _Place], ...]:
     for place, action in _actions(plan):
         if not isinstance(action, TransferAction):
             continue
-        if not 0 <= action.message < len(plan.messages):
-            _fail(plan, place, f"names message {action.message} of {len(plan.messages)}")
         if action.kind not in _TRANSFERS:
             _fail(plan, place, f"is of kind {action.kind}, which moves no message")
-        message = plan.messages[action.message]
-        rank = message.source_rank if action.kind in _ON_SOURCE else message.target_rank
-        if rank != place[0]:
-            _fail(plan, place, f"belongs on rank {rank}")
-        found = places[action.message]
-        if action.kind in found:
-            _fail(plan, place, f"stands twice; first as action {found[action.kind][1]}")
-        found[action.kind] = place
+        if len(action.messages) != 1 and (not action.messages or action.kind in _WAIT.values()):
+            _fail(plan, place, f"names {len(action.messages)} messages; it must name one")
+        for number in action.messages:
+            if not 0 <= number < len(plan.messages):
+                _fail(plan, place, f"names message {number} of {len(plan.messages)}")
+            message = plan.messages[number]
+            rank = message.source_rank if action.kind in _ON_SOURCE else message.target_rank
+            if rank != place[0]:
+                _fail(plan, place, f"belongs on rank {rank}")
+            found = places[number]
+            if action.kind in found:
+                _fail(plan, place, f"stands twice; first as action {found[action.kind][1]}")
+            found[action.kind] = place
     return places
 
 
@@ -246,6 +251,28 @@ def _check_transfers(plan: Plan, transfers: tuple[dict[ActionKind, _Place], ...]
                 _fail(plan, found[wait], f"stands before its {post}")
 
 
+def _check_groups(plan: Plan, transfers: tuple[dict[ActionKind, _Place], ...]) -> None:
+    """What one end posts as one, the other end posts as one, of one directed rank pair, in order.
+
+    Backends may match messages of a group and messages of their own on different channels.
+    """
+    for place, action in _actions(plan):
+        if not isinstance(action, TransferAction) or len(action.messages) == 1:
+            continue
+        members = [plan.messages[number] for number in action.messages]
+        if len({(one.source_rank, one.target_rank) for one in members}) > 1:
+            _fail(plan, place, "posts messages of several rank pairs as one")
+        first = members[0].sequence
+        if [one.sequence for one in members] != list(range(first, first + len(members))):
+            _fail(plan, place, "posts as one what does not stand together in its ranks' order")
+        partner = _PARTNER[action.kind][0]
+        rank, index = transfers[action.messages[0]][partner]
+        other = plan.ranks[rank][index]
+        assert isinstance(other, TransferAction)  # `_transfer_places` holds no others
+        if other.messages != action.messages:
+            _fail(plan, place, f"is one group here and another on rank {rank} (action {index})")
+
+
 # --- order and progress --------------------------------------------------------------------------
 
 
@@ -301,7 +328,8 @@ def _check_progress(plan: Plan) -> None:
     """All ranks run to their ends where each wait needs the other side to have posted.
 
     Sends and receives are posted without blocking; a send's wait ends once the receive is posted,
-    a receive's once the send is. No weaker transport can be relied upon (gloo is just so).
+    a receive's once the send is; of a group, once all its members can end, which its other end
+    posts in one step as well. No weaker transport can be relied upon (gloo is just so).
     """
     needs = {
         ActionKind.WAIT_ISEND: ActionKind.IRECV,
@@ -318,8 +346,8 @@ def _check_progress(plan: Plan) -> None:
                 action = actions[index]
                 if isinstance(action, TransferAction):
                     if action.kind in posted:
-                        posted[action.kind].add(action.message)
-                    elif action.message not in posted[needs[action.kind]]:
+                        posted[action.kind].update(action.messages)
+                    elif not posted[needs[action.kind]].issuperset(action.messages):
                         break
                 index += 1
             following[rank] = index

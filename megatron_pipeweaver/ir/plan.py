@@ -101,10 +101,14 @@ class ComputeAction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferAction:
-    """Post or await one message; `message` indexes `Plan.messages`."""
+    """Post or await messages, by their indices in `Plan.messages`.
+
+    Several messages are a *group*: of one directed rank pair, in the order of their numbers, posted
+    as one on both ends. None of them has arrived before all have. Waits name one message each.
+    """
 
     kind: ActionKind
-    message: int
+    messages: tuple[int, ...]
 
 
 Action = ComputeAction | TransferAction

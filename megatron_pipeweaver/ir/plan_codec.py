@@ -155,22 +155,24 @@ def _read_message(node: JsonNode) -> Message:
 def _action_to_json(action: Action) -> list[Any]:
     if isinstance(action, ComputeAction):
         return [action.kind.value, format_op(action.op), action.strategy, action.memory_bytes]
-    return [action.kind.value, action.message]
+    return [action.kind.value, *action.messages]
 
 
 def _read_action(node: JsonNode) -> Action:
     match node.plain:
         # Most of a plan, and so read without a node for each of its parts.
         case [str(name), int(number)] if name in _TRANSFERS and is_whole(number):
-            return TransferAction(kind=_TRANSFERS[name], message=number)
+            return TransferAction(kind=_TRANSFERS[name], messages=(number,))
     parts = node.array()
     name = parts[0].text() if parts else ""
     if name not in _KINDS:
         node.fail(f"begins with {name!r}; it must be one of {list(_KINDS)}")
     kind = _KINDS[name]
     if kind not in _COMPUTE:
-        _, message = node.array(2)
-        return TransferAction(kind=kind, message=message.integer())
+        messages = tuple(one.integer() for one in parts[1:])
+        if not messages:
+            node.fail(f"is {name!r} of no message; name one, or all of a group")
+        return TransferAction(kind=kind, messages=messages)
     _, op, strategy, memory_bytes = node.array(4)
     return ComputeAction(
         kind=kind,

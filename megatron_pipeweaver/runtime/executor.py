@@ -83,14 +83,14 @@ class Executor:
         if isinstance(action, ComputeAction):
             self._recorder.leave(started_ns, TraceKind.COMPUTE, action.op, strategy=action.strategy)
             return
-        message = plan.messages[action.message]
-        peers = {message.source_rank, message.target_rank} - {self._rank}
+        first = plan.messages[action.messages[0]]
+        peers = {first.source_rank, first.target_rank} - {self._rank}
         self._recorder.leave(
             started_ns,
             _TRANSFER_ROWS[action.kind],
-            message.source,
+            first.source,
             peer=peers.pop(),
-            size_bytes=message.size_bytes,
+            size_bytes=sum(plan.messages[one].size_bytes for one in action.messages),
         )
 
 
@@ -150,21 +150,26 @@ class _Run:
         self._stages.weight_grad(self._passes[action.op.owner], action.op)
 
     def _isend(self, action: TransferAction) -> None:
-        message = self._plan.messages[action.message]
-        tensor = self._held.pop((message.source, message.target))
-        _check_tensor(message, tensor)
-        self._pending[action.message] = self._transport.isend(message, tensor)
+        messages = [self._plan.messages[one] for one in action.messages]
+        tensors = [self._held.pop((one.source, one.target)) for one in messages]
+        for message, tensor in zip(messages, tensors, strict=True):
+            _check_tensor(message, tensor)
+        posted = self._transport.isend(messages, tensors)
+        self._pending.update(zip(action.messages, posted, strict=True))
 
     def _irecv(self, action: TransferAction) -> None:
-        message = self._plan.messages[action.message]
-        self._pending[action.message] = self._transport.irecv(message)
+        messages = [self._plan.messages[one] for one in action.messages]
+        posted = self._transport.irecv(messages)
+        self._pending.update(zip(action.messages, posted, strict=True))
 
     def _wait_isend(self, action: TransferAction) -> None:
-        self._pending.pop(action.message).wait()
+        for number in action.messages:
+            self._pending.pop(number).wait()
 
     def _wait_irecv(self, action: TransferAction) -> None:
-        message = self._plan.messages[action.message]
-        self._held[message.source, message.target] = self._pending.pop(action.message).wait()
+        for number in action.messages:
+            message = self._plan.messages[number]
+            self._held[message.source, message.target] = self._pending.pop(number).wait()
 
     def _take_inputs(self, op: OpKey) -> tuple[Tensor, ...]:
         """The tensors that `op` waited for, in the order of its dependencies."""

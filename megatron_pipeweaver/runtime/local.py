@@ -3,11 +3,13 @@
 Rendezvous semantics, as strict as gloo's: a send's wait ends once the peer has posted the
 receive, a receive's once the peer has posted the send. Messages are matched by their numbers, as
 gloo does by tags, or by the order in which each end posts them, as NCCL does, which knows no tags.
+Of messages that are posted as one none has gone through before all have, as on NCCL.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from threading import Condition
 
 from torch import Tensor
@@ -31,7 +33,7 @@ class LocalNetwork:
         self.timeout_s = timeout_s
         self.by_order = by_order
         self._changed = Condition()
-        self._sent: dict[_Key, Tensor] = {}
+        self._sent: dict[_Key, Tensor | None] = {}
         self._wanted: set[_Key] = set()
 
     def post_send(self, key: _Key, tensor: Tensor) -> None:
@@ -51,12 +53,17 @@ class LocalNetwork:
         with self._changed:
             return self._changed.wait_for(lambda: key in self._wanted, self.timeout_s)
 
-    def take(self, key: _Key) -> Tensor | None:
-        """The tensor sent as `key`, or `None` when it was not sent in time."""
+    def await_send(self, key: _Key) -> bool:
+        """Whether `key` was sent in time."""
         with self._changed:
-            if not self._changed.wait_for(lambda: key in self._sent, self.timeout_s):
-                return None
-            return self._sent.pop(key)
+            return self._changed.wait_for(lambda: key in self._sent, self.timeout_s)
+
+    def take(self, key: _Key) -> Tensor:
+        """The tensor that was sent as `key`; once."""
+        with self._changed:
+            tensor, self._sent[key] = self._sent[key], None
+        assert tensor is not None
+        return tensor
 
 
 class LocalTransport:
@@ -67,17 +74,24 @@ class LocalTransport:
         self._sent: Counter[tuple[int, int]] = Counter()
         self._received: Counter[tuple[int, int]] = Counter()
 
-    def isend(self, message: Message, tensor: Tensor) -> Pending:
-        """Post a copy of `tensor`."""
-        key = self._key(message, self._sent)
-        self._network.post_send(key, tensor.clone())
-        return _Send(self._network, message, key, tensor)
+    def isend(self, messages: Sequence[Message], tensors: Sequence[Tensor]) -> Sequence[Pending]:
+        """Post copies of `tensors`."""
+        keys = [self._key(one, self._sent) for one in messages]
+        for key, tensor in zip(keys, tensors, strict=True):
+            self._network.post_send(key, tensor.clone())
+        return [
+            _Send(self._network, one, keys, tensor)
+            for one, tensor in zip(messages, tensors, strict=True)
+        ]
 
-    def irecv(self, message: Message) -> Pending:
-        """Post the receive of `message`."""
-        key = self._key(message, self._received)
-        self._network.post_receive(key)
-        return _Receive(self._network, message, key)
+    def irecv(self, messages: Sequence[Message]) -> Sequence[Pending]:
+        """Post the receives of `messages`."""
+        keys = [self._key(one, self._received) for one in messages]
+        for key in keys:
+            self._network.post_receive(key)
+        return [
+            _Receive(self._network, one, keys, key) for one, key in zip(messages, keys, strict=True)
+        ]
 
     def _key(self, message: Message, posted: Counter[tuple[int, int]]) -> _Key:
         pair = message.source_rank, message.target_rank
@@ -86,14 +100,16 @@ class LocalTransport:
 
 
 class _Send:
-    def __init__(self, network: LocalNetwork, message: Message, key: _Key, tensor: Tensor) -> None:
+    def __init__(
+        self, network: LocalNetwork, message: Message, group: Sequence[_Key], tensor: Tensor
+    ) -> None:
         self._network = network
         self._message = message
-        self._key = key
+        self._group = group
         self._tensor = tensor
 
     def wait(self) -> Tensor:
-        if not self._network.await_receive(self._key):
+        if not all(self._network.await_receive(one) for one in self._group):
             raise TransferError(
                 f"{describe(self._message)} to rank {self._message.target_rank} did not go through "
                 f"within {self._network.timeout_s:g} s; that rank never posted the receive"
@@ -102,16 +118,18 @@ class _Send:
 
 
 class _Receive:
-    def __init__(self, network: LocalNetwork, message: Message, key: _Key) -> None:
+    def __init__(
+        self, network: LocalNetwork, message: Message, group: Sequence[_Key], key: _Key
+    ) -> None:
         self._network = network
         self._message = message
+        self._group = group
         self._key = key
 
     def wait(self) -> Tensor:
-        tensor = self._network.take(self._key)
-        if tensor is None:
+        if not all(self._network.await_send(one) for one in self._group):
             raise TransferError(
                 f"{describe(self._message)} from rank {self._message.source_rank} did not arrive "
                 f"within {self._network.timeout_s:g} s; that rank never sent it"
             )
-        return tensor
+        return self._network.take(self._key)

@@ -7,11 +7,14 @@ Sends in both directions of one pair may be pending at once, and unbatched ones 
 communicator could block each other; so each direction has a communicator of its own. NCCL matches
 a pair's messages in the order in which both ends post them, gloo by tag: the plan's message
 numbers serve both.
+
+Messages are posted in groups, as a rule of one. On NCCL a group is one kernel, and every message
+goes as a group: `torch.distributed` has other communicators for messages that do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -36,13 +39,17 @@ class Pending(Protocol):
 
 
 class Transport(Protocol):
-    """How the executor moves tensors; posting never blocks."""
+    """How the executor moves tensors; posting never blocks.
 
-    def isend(self, message: Message, tensor: Tensor) -> Pending:
-        """Post `tensor` as `message` to its target rank."""
+    The messages of one call are of one directed rank pair. The other end posts just these in one
+    call as well, and a wait for one of them may last until all are there.
+    """
 
-    def irecv(self, message: Message) -> Pending:
-        """Post the receive of `message` from its source rank."""
+    def isend(self, messages: Sequence[Message], tensors: Sequence[Tensor]) -> Sequence[Pending]:
+        """Post each of `tensors` as one of `messages` to their target rank."""
+
+    def irecv(self, messages: Sequence[Message]) -> Sequence[Pending]:
+        """Post the receives of `messages` from their source rank."""
 
 
 def describe(message: Message) -> str:
@@ -107,55 +114,62 @@ class ProcessGroupTransport:
         for pair in self._groups:
             self._try_link(*pair)
 
-    def isend(self, message: Message, tensor: Tensor) -> Pending:
-        """Post `tensor`; it must stay as it is until the send was awaited."""
-        pair = self._pair(message)
-        tensor = tensor.contiguous()
-        if tensor.numel() == 0:
-            return _Done(tensor)
-        return self._post(dist.isend, pair[1], message, tensor, f"to rank {message.target_rank}")
+    def isend(self, messages: Sequence[Message], tensors: Sequence[Tensor]) -> Sequence[Pending]:
+        """Post `tensors`; they must stay as they are until their sends were awaited."""
+        return self._post(messages, [one.contiguous() for one in tensors], sending=True)
 
-    def irecv(self, message: Message) -> Pending:
-        """Post the receive into a new tensor of the message's shape and type."""
-        pair = self._pair(message)
-        dtype = getattr(torch, message.dtype)
-        tensor = torch.empty(message.shape, dtype=dtype, device=self._device)
-        if tensor.numel() == 0:
-            return _Done(tensor)
-        return self._post(dist.irecv, pair[0], message, tensor, f"from rank {message.source_rank}")
-
-    def _pair(self, message: Message) -> tuple[int, int]:
-        return self._pipeline[message.source_rank], self._pipeline[message.target_rank]
+    def irecv(self, messages: Sequence[Message]) -> Sequence[Pending]:
+        """Post the receives into new tensors of the messages' shapes and types."""
+        tensors = [
+            torch.empty(one.shape, dtype=getattr(torch, one.dtype), device=self._device)
+            for one in messages
+        ]
+        return self._post(messages, tensors, sending=False)
 
     def _post(
-        self,
-        post: Callable[..., Any],
-        peer: int,
-        message: Message,
-        tensor: Tensor,
-        where: str,
-    ) -> Pending:
-        group = self._groups[self._pair(message)]
+        self, messages: Sequence[Message], tensors: Sequence[Tensor], *, sending: bool
+    ) -> Sequence[Pending]:
+        first = messages[0]
+        pair = self._pipeline[first.source_rank], self._pipeline[first.target_rank]
+        post, peer = (dist.isend, pair[1]) if sending else (dist.irecv, pair[0])
+        where = f"to rank {first.target_rank}" if sending else f"from rank {first.source_rank}"
+        operations = [
+            dist.P2POp(post, tensor, peer, group=self._groups[pair], tag=one.sequence)
+            for one, tensor in zip(messages, tensors, strict=True)
+            if tensor.numel()
+        ]
         try:
-            work = post(tensor, peer, group=group, tag=message.sequence)
+            works = iter(_post_as_one(operations))
         except RuntimeError as error:
-            raise _failure(message, where, "", error) from error
-        return _Posted(message, tensor, work, where, self._timeout if self._blocking else None)
+            raise _failure(first, where, "", error) from error
+        timeout = self._timeout if self._blocking else None
+        return [
+            _Posted(one, tensor, next(works), where, timeout) if tensor.numel() else _Done(tensor)
+            for one, tensor in zip(messages, tensors, strict=True)
+        ]
 
     def _try_link(self, source: int, target: int) -> None:
         """One byte over the link: connects it now, since connecting later would block a post."""
         probe = torch.zeros(1, dtype=torch.uint8, device=self._device)
+        post, peer = (dist.isend, target) if self._rank == source else (dist.irecv, source)
         group = self._groups[source, target]
         try:
-            if self._rank == source:
-                dist.send(probe, target, group=group)
-            else:
-                dist.recv(probe, source, group=group)
+            for work in _post_as_one([dist.P2POp(post, probe, peer, group=group)]):
+                work.wait()
         except RuntimeError as error:
             raise TransferError(
                 f"link from global rank {source} to {target}: {_first_line(error)}; see that "
                 "rank's log"
             ) from error
+
+
+def _post_as_one(operations: Sequence[dist.P2POp]) -> Sequence[Any]:
+    """Post `operations` of one process group; what to wait for, for each of them."""
+    if not operations:
+        return ()
+    works = dist.batch_isend_irecv(list(operations))
+    # NCCL has one for all.
+    return works if len(works) == len(operations) else [works[0]] * len(operations)
 
 
 class _Done:

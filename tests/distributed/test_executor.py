@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from megatron_pipeweaver.compiler.verify import verify
 from megatron_pipeweaver.errors import PlanMismatchError, TransferError
 from megatron_pipeweaver.ir.codec import trace_from_json, trace_to_json
-from megatron_pipeweaver.ir.plan import VerifiedPlan
+from megatron_pipeweaver.ir.plan import ActionKind, TransferAction, VerifiedPlan
 from megatron_pipeweaver.ir.plan_codec import plan_from_json, plan_to_json
 from megatron_pipeweaver.ir.plan_text import format_action
 from megatron_pipeweaver.ir.trace import Trace, TraceKind
@@ -139,6 +139,9 @@ def test_the_cases_cover_what_they_should() -> None:
     ]
     assert 0 in images
     assert 3 in images
+    actions = [one for plan in plans for row in plan.ranks for one in row]
+    groups = [one for one in actions if isinstance(one, TransferAction) and len(one.messages) > 1]
+    assert {one.kind for one in groups} == {ActionKind.ISEND, ActionKind.IRECV}
 
 
 def test_traces_hold_every_action_of_every_rank(ranks: list[dict[str, Any]]) -> None:

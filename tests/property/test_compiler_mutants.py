@@ -1,7 +1,8 @@
 """Compiled plans are valid and survive their grid; no mutant of one passes and then fails to run.
 
 The oracle is a plan run action by action over channels that behave like gloo and NCCL at once:
-the n-th send of a directed rank pair meets the n-th receive and must carry its number.
+the n-th send of a directed rank pair meets the n-th receive and must carry its number, and of
+messages that are posted as one none is through before all are.
 """
 
 from __future__ import annotations
@@ -34,7 +35,13 @@ from megatron_pipeweaver.ir.problem import OpKind, dependencies
 from tests.unit.compiler.samples import draw_sample
 
 SEEDS = st.integers(0, 2**32 - 1)
-WINDOWS = (None, Windows(receive=0, send=0), Windows(receive=1000, send=1000))
+WINDOWS = (
+    None,
+    Windows(receive=0, send=0),
+    Windows(receive=1000, send=1000),
+    Windows(receive=2, group=1),
+    Windows(receive=1000, group=1000),
+)
 
 
 def _draw(seed: int) -> tuple[random.Random, Plan]:
@@ -103,8 +110,10 @@ def _redirect_action(rng: random.Random, plan: Plan) -> Plan | None:
     action = plan.ranks[rank][index]
     changed: Action
     if isinstance(action, TransferAction):
-        others = [one for one in range(-1, len(plan.messages) + 1) if one != action.message]
-        changed = replace(action, message=rng.choice(others))
+        others = [one for one in range(-1, len(plan.messages) + 1) if one not in action.messages]
+        at = rng.randrange(len(action.messages))
+        messages = (*action.messages[:at], rng.choice(others), *action.messages[at + 1 :])
+        changed = replace(action, messages=messages)
     else:
         ops = [one.op for row in plan.ranks for one in row if isinstance(one, ComputeAction)]
         others_ops = [op for op in ops if op != action.op]
@@ -203,6 +212,97 @@ def _drop_pass(rng: random.Random, plan: Plan) -> Plan:
     return replace(plan, passes=plan.passes[:index] + plan.passes[index + 1 :])
 
 
+# --- groups ---
+
+
+def _posts(plan: Plan) -> list[tuple[int, int, TransferAction]]:
+    """Where each post stands, and what it is."""
+    return [
+        (rank, index, one)
+        for rank, row in enumerate(plan.ranks)
+        for index, one in enumerate(row)
+        if isinstance(one, TransferAction) and one.kind in (ActionKind.ISEND, ActionKind.IRECV)
+    ]
+
+
+def _regroup(plan: Plan, rank: int, index: int, *groups: tuple[int, ...]) -> Plan:
+    """The post there gives way to one post for each of `groups`."""
+    action = plan.ranks[rank][index]
+    posts = [replace(action, messages=one) for one in groups]
+    return _edit(plan, rank, lambda row: row.__setitem__(slice(index, index + 1), posts))
+
+
+def _split_one_end(rng: random.Random, plan: Plan) -> Plan | None:
+    """One end posts a group as one, the other does not."""
+    groups = [one for one in _posts(plan) if len(one[2].messages) > 1]
+    if not groups:
+        return None
+    rank, index, action = rng.choice(groups)
+    cut = rng.randrange(1, len(action.messages))
+    return _regroup(plan, rank, index, action.messages[:cut], action.messages[cut:])
+
+
+def _shuffle_group(rng: random.Random, plan: Plan) -> Plan | None:
+    """Both ends post a group in the same wrong order."""
+    groups = [one for one in _posts(plan) if len(one[2].messages) > 1]
+    if not groups:
+        return None
+    messages = rng.choice(groups)[2].messages
+    for rank, index, action in groups:
+        if action.messages == messages:
+            plan = _regroup(plan, rank, index, messages[::-1])
+    return plan
+
+
+def _join(plan: Plan, one: int, other: int) -> Plan:
+    """The groups of two messages become one, posted where the later one stood, on both ends."""
+    places: defaultdict[tuple[int, ActionKind], list[tuple[int, TransferAction]]]
+    places = defaultdict(list)
+    for rank, index, action in _posts(plan):
+        if one in action.messages or other in action.messages:
+            places[rank, action.kind].append((index, action))
+    for (rank, _), found in places.items():
+        if len(found) == 2:
+            (first, earlier), (second, later) = found
+            joined = (*earlier.messages, *later.messages)
+            plan = _regroup(plan, rank, second, joined)
+            plan = _edit(plan, rank, lambda row, first=first: row.pop(first))  # type: ignore[misc]
+    return plan
+
+
+def _neighbours(plan: Plan) -> list[tuple[int, int]]:
+    """Messages that follow each other between two ranks, in different groups."""
+    pairs: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, message in enumerate(plan.messages):
+        pairs[message.source_rank, message.target_rank].append(index)
+    together = {pair for _, _, action in _posts(plan) for pair in pairwise(action.messages)}
+    return [two for found in pairs.values() for two in pairwise(found) if two not in together]
+
+
+def _group_of_two_pairs(rng: random.Random, plan: Plan) -> Plan | None:
+    """Messages of several rank pairs are posted as one."""
+    kind = rng.choice([ActionKind.ISEND, ActionKind.IRECV])
+    rows = [
+        [p for p in _posts(plan) if p[0] == r and p[2].kind is kind] for r in range(len(plan.ranks))
+    ]
+    both = [
+        (one, two)
+        for row in rows
+        for one, two in pairwise(row)
+        if _ends(plan, one[2]) != _ends(plan, two[2])
+    ]
+    if not both:
+        return None
+    (rank, first, one), (_, second, two) = rng.choice(both)
+    plan = _regroup(plan, rank, second, (*one.messages, *two.messages))
+    return _edit(plan, rank, lambda row: row.pop(first))
+
+
+def _ends(plan: Plan, action: TransferAction) -> tuple[int, int]:
+    message = plan.messages[action.messages[0]]
+    return message.source_rank, message.target_rank
+
+
 ALWAYS_WRONG: Mapping[str, Mutator] = {
     "drop": _drop,
     "duplicate": _duplicate,
@@ -218,6 +318,9 @@ ALWAYS_WRONG: Mapping[str, Mutator] = {
     "other strategy": _other_strategy,
     "drop message": _drop_message,
     "drop pass": _drop_pass,
+    "split a group at one end": _split_one_end,
+    "shuffle a group": _shuffle_group,
+    "group of two rank pairs": _group_of_two_pairs,
 }
 
 
@@ -240,9 +343,10 @@ def _harmful_swaps(plan: Plan) -> Iterator[tuple[int, int, int]]:
     for rank, row in enumerate(plan.ranks):
         ops = {one.op: i for i, one in enumerate(row) if isinstance(one, ComputeAction)}
         transfers = {
-            (one.kind, one.message): i
+            (one.kind, message): i
             for i, one in enumerate(row)
             if isinstance(one, TransferAction)
+            for message in one.messages
         }
         for op, index in ops.items():
             for wait in dependencies(graph, op):
@@ -261,7 +365,7 @@ def _harmful_swaps(plan: Plan) -> Iterator[tuple[int, int, int]]:
             if kind is ActionKind.WAIT_IRECV:
                 yield rank, index, ops[message.target]
         for indices in posts.values():
-            yield from ((rank, one, two) for one, two in pairwise(indices))
+            yield from ((rank, one, two) for one, two in pairwise(indices) if one != two)
 
 
 def _swap(plan: Plan, rank: int, one: int, two: int) -> Plan:
@@ -289,6 +393,38 @@ def test_harmful_swaps_are_refused_and_others_only_pass_if_they_run(seed: int) -
         assert _runs(mutant, rng)
 
 
+@given(SEEDS)
+@settings(max_examples=80, deadline=None)
+def test_groups_pass_only_if_they_run(seed: int) -> None:
+    rng, plan = _draw(seed)
+    neighbours = _neighbours(plan)
+    for one, other in rng.sample(neighbours, min(6, len(neighbours))):
+        mutant = _join(plan, one, other)
+        try:
+            verify(mutant)
+        except PlanInvalidError:
+            continue
+        assert _runs(mutant, rng)
+
+
+def test_groups_that_deadlock_are_refused_as_rings() -> None:
+    rings = passed = 0
+    for seed in range(60):
+        plan = draw_sample(random.Random(seed)).plan()
+        for one, other in _neighbours(plan):
+            mutant = _join(plan, one, other)
+            try:
+                verify(mutant)
+            except PlanInvalidError as error:
+                if "wait for each other in a ring" in str(error):
+                    rings += 1
+                    assert not _runs(mutant, random.Random(0))
+            else:
+                passed += 1
+    assert rings > 20
+    assert passed > 20
+
+
 # --- the oracle ----------------------------------------------------------------------------------
 
 
@@ -297,6 +433,11 @@ def _runs(plan: Plan, rng: random.Random) -> bool:
     graph = plan.graph()
     sent: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
     received: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    group = {
+        (action.kind, number): action.messages
+        for _, _, action in _posts(plan)
+        for number in action.messages
+    }
     at = [0] * plan.pipeline_size
     have: list[set[object]] = [set() for _ in plan.ranks]
 
@@ -307,21 +448,22 @@ def _runs(plan: Plan, rng: random.Random) -> bool:
                 assert wait.op in have[rank], (action, wait)
             have[rank].add(action.op)
             return True
-        message = plan.messages[action.message]
+        message = plan.messages[action.messages[0]]
         pair = message.source_rank, message.target_rank
         if action.kind is ActionKind.ISEND:
-            assert message.source in have[rank]
-            sent[pair].append(action.message)
+            assert all(plan.messages[one].source in have[rank] for one in action.messages)
+            sent[pair].extend(action.messages)
         elif action.kind is ActionKind.IRECV:
-            received[pair].append(action.message)
+            received[pair].extend(action.messages)
         elif action.kind is ActionKind.WAIT_ISEND:
-            place = sent[pair].index(action.message)
-            return len(received[pair]) > place
+            members = group[ActionKind.ISEND, action.messages[0]]
+            return all(len(received[pair]) > sent[pair].index(one) for one in members)
         else:
-            place = received[pair].index(action.message)
-            if len(sent[pair]) <= place:
+            members = group[ActionKind.IRECV, action.messages[0]]
+            places = [received[pair].index(one) for one in members]
+            if len(sent[pair]) <= max(places):
                 return False
-            assert sent[pair][place] == action.message == received[pair][place]
+            assert [sent[pair][place] for place in places] == list(members)
             have[rank].add(message.source)
         return True
 

@@ -148,6 +148,67 @@ def test_a_send_awaited_before_its_receive_can_be_posted_is_a_ring(plan: Plan) -
         verify(parse_actions(ring, plan))
 
 
+GROUPED = (
+    GOOD.replace("lm0.SEND_F0>1#0 lm0.F1[keep] lm0.SEND_F1>1#1", "lm0.F1[keep] lm0.SEND_F0>1#0+1")
+    .replace("lm1.RECV_F0<0#0 lm1.RECV_F1<0#1", "lm1.RECV_F0<0#0+1")
+)  # fmt: skip
+
+
+def test_a_group_of_both_ends_is_one_step(plan: Plan) -> None:
+    grouped = parse_actions(GROUPED, plan)
+    assert format_actions(grouped).split() == GROUPED.split()
+    verify(grouped)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "lm1.RECV_F0<0#0+1",
+            "lm1.RECV_F0<0#0 lm1.RECV_F1<0#1",
+            "rank 0, action 2: `lm0.SEND_F0>1#0+1` is one group here and another on rank 1 "
+            "(action 0)",
+        ),
+        (
+            "F0>1#0+1",
+            "F1>1#1+0",
+            "rank 0, action 2: `lm0.SEND_F1>1#1+0` posts as one what does not stand together",
+        ),
+        (
+            "lm0.WAIT_SEND_F0>1#0 lm0.WAIT_SEND_F1>1#1",
+            "lm0.WAIT_SEND_F0>1#0+1",
+            "rank 0, action 5: `lm0.WAIT_SEND_F0>1#0+1` names 2 messages; it must name one",
+        ),
+        (
+            "lm1.RECV_F0<0#0+1 lm1.WAIT_RECV_F0<0#0",
+            "lm1.WAIT_RECV_F0<0#0 lm1.RECV_F0<0#0+1",
+            "rank 1, action 0: `lm1.WAIT_RECV_F0<0#0` stands before its irecv",
+        ),
+    ],
+)
+def test_a_group_that_is_none_is_refused(plan: Plan, old: str, new: str, message: str) -> None:
+    with pytest.raises(PlanInvalidError) as caught:
+        verify(parse_actions(GROUPED.replace(old, new), plan))
+    assert str(caught.value).startswith(message)
+
+
+def test_a_group_that_waits_for_what_needs_one_of_its_messages_is_a_ring(plan: Plan) -> None:
+    """Rank 0 sends F0 with F1, behind the backward that needs F0 to have arrived."""
+    ring = GROUPED.replace(
+        "lm0.F1[keep] lm0.SEND_F0>1#0+1 lm0.RECV_B0<1#0 lm0.RECV_B1<1#1",
+        "lm0.F1[keep] lm0.RECV_B0<1#0 lm0.RECV_B1<1#1 lm0.WAIT_RECV_B0<1#0 lm0.B0[keep]"
+        " lm0.SEND_F0>1#0+1",
+    ).replace("lm0.WAIT_SEND_F1>1#1 lm0.WAIT_RECV_B0<1#0 lm0.B0[keep]", "lm0.WAIT_SEND_F1>1#1")
+    with pytest.raises(PlanInvalidError, match="wait for each other in a ring"):
+        verify(parse_actions(ring, plan))
+    alone = ring.replace("lm0.SEND_F0>1#0+1", "lm0.SEND_F1>1#1").replace(
+        "lm0.F1[keep]", "lm0.SEND_F0>1#0 lm0.F1[keep]"
+    )
+    verify(
+        parse_actions(alone.replace("lm1.RECV_F0<0#0+1", "lm1.RECV_F0<0#0 lm1.RECV_F1<0#1"), plan)
+    )
+
+
 def test_memory_counts_in_the_order_of_execution(plan: Plan) -> None:
     verify(replace(plan, memory_capacity_bytes=(16, 8)))
     with pytest.raises(PlanInvalidError, match=r"rank 0, action 2: `lm0.F1\[keep\]` brings held"):

@@ -37,7 +37,7 @@ def plan() -> Plan:
         return ComputeAction(kind=kind, op=op(name, stage), strategy="keep", memory_bytes=4)
 
     def move(kind, index):
-        return TransferAction(kind=kind, message=index)
+        return TransferAction(kind=kind, messages=(index,))
 
     kinds = ActionKind
     return Plan(
@@ -87,6 +87,16 @@ def test_round_trip():
     assert plan_from_json(plan_to_json(plan())) == plan()
 
 
+def test_a_group_is_all_its_messages_in_one_action():
+    first, *others = plan().ranks
+    group = TransferAction(kind=ActionKind.IRECV, messages=(1, 0))
+    grouped = replace(plan(), ranks=((*first, group), *others))
+    value = json.loads(plan_to_json(grouped))
+    assert value["ranks"][0][-1] == ["irecv", 1, 0]
+    assert value["ranks"][0][:-1] == VALUE["ranks"][0]  # plans without groups are as ever
+    assert plan_from_json(plan_to_json(grouped)) == grouped
+
+
 def test_the_fingerprint_covers_every_part():
     base = plan()
     passed, message = base.passes[0], base.messages[0]
@@ -119,7 +129,8 @@ def test_the_fingerprint_covers_every_part():
         (("ranks", 0, 0, 0), "send", "$.ranks[0][0]: begins with 'send'; it must be one of"),
         (("ranks", 0, 0, 1), "language.F0", "$.ranks[0][0][1]: 'language.F0' is not an op; write"),
         (("ranks", 0, 1), ["isend", -1], "$.ranks[0][1][1]: is -1; it must be at least 0"),
-        (("ranks", 0, 1), ["isend", 0, 0], "$.ranks[0][1]: has 3 entries; it must have 2"),
+        (("ranks", 0, 1), ["isend"], "$.ranks[0][1]: is 'isend' of no message; name one, or all"),
+        (("ranks", 0, 1), ["isend", 0, True], "$.ranks[0][1][2]: is true; it must be a whole"),
         (("messages", 0, 6), "int8", "$.messages[0][6]: is 'int8'; it must be one of ['bfloat16'"),
         (("messages", 0, 5, 1), 2.0, "$.messages[0][5][1]: is 2.0; it must be a whole number"),
         (("passes", 0, 4, 0), 3, "$.passes[0][4]: pass payload: items 3:2 run backward"),

@@ -18,7 +18,13 @@ from megatron_pipeweaver.errors import (
     PlanMismatchError,
     TransferError,
 )
-from megatron_pipeweaver.ir.plan import ActionKind, ComputeAction, PlanPass, VerifiedPlan
+from megatron_pipeweaver.ir.plan import (
+    ActionKind,
+    ComputeAction,
+    PlanPass,
+    TransferAction,
+    VerifiedPlan,
+)
 from megatron_pipeweaver.ir.problem import OpKey, PassKey
 from megatron_pipeweaver.ir.trace import TraceKind
 from megatron_pipeweaver.runtime.executor import Executor
@@ -100,6 +106,7 @@ def test_the_cases_above_hold_what_they_should() -> None:
     ]
     assert 0 in per_microbatch
     assert max(per_microbatch) > 1
+    assert max(len(one.messages) for one in actions if isinstance(one, TransferAction)) > 1
 
 
 def _wide_plan() -> VerifiedPlan:
@@ -127,9 +134,9 @@ def test_rows_tell_every_action_in_order() -> None:
                 )
                 assert row.peer is None
             else:
-                message = plan.messages[action.message]
-                assert (row.key, row.peer) == (message.source, 1 - rank)
-                assert row.size_bytes == message.size_bytes
+                messages = [plan.messages[one] for one in action.messages]
+                assert (row.key, row.peer) == (messages[0].source, 1 - rank)
+                assert row.size_bytes == sum(one.size_bytes for one in messages)
 
 
 def test_only_verified_plans_run() -> None:

@@ -50,6 +50,7 @@ class FakeDist:
         self.rank = rank
         self.made: list[tuple[int, ...]] = []
         self.posted: list[tuple[str, int, tuple[int, ...]]] = []
+        self.groups: list[int] = []
         self.waits: list[tuple[Any, ...]] = []
 
     def get_rank(self) -> int:
@@ -59,19 +60,19 @@ class FakeDist:
         self.made.append(tuple(ranks))
         return len(self.made) - 1, tuple(ranks)
 
-    def send(self, tensor: torch.Tensor, peer: int, *, group: Any) -> None:
-        self.posted.append(("probe out", peer, group))
+    isend, irecv = "isend", "irecv"
 
-    def recv(self, tensor: torch.Tensor, peer: int, *, group: Any) -> None:
-        self.posted.append(("probe in", peer, group))
+    def P2POp(
+        self, post: str, tensor: torch.Tensor, peer: int, *, group: Any, tag: int = 0
+    ) -> tuple[str, int, Any]:
+        return post, peer, group
 
-    def isend(self, tensor: torch.Tensor, peer: int, *, group: Any, tag: int) -> FakeDist:
-        self.posted.append(("isend", peer, group))
-        return self
-
-    def irecv(self, tensor: torch.Tensor, peer: int, *, group: Any, tag: int) -> FakeDist:
-        self.posted.append(("irecv", peer, group))
-        return self
+    def batch_isend_irecv(self, operations: list[tuple[str, int, Any]]) -> list[FakeDist]:
+        """As NCCL does it: of one process group, and with one thing to wait for."""
+        assert len({group for _, _, group in operations}) == 1
+        self.posted.append(operations[0])
+        self.groups.append(len(operations))
+        return [self]
 
     def wait(self, *limit: Any) -> None:
         self.waits.append(limit)
@@ -106,15 +107,38 @@ def test_directions_do_not_share_a_communicator_and_device_waits_stay_on_the_str
         [(0, 1)], device=torch.device("meta"), timeout=timedelta(seconds=1)
     )
     fake.posted.clear()
-    sent = transport.isend(MESSAGE, torch.zeros(2, 3))
+    fake.waits.clear()
+    (sent,) = transport.isend([MESSAGE], [torch.zeros(2, 3)])
     back = replace(MESSAGE, source_rank=1, target_rank=0)
-    received = transport.irecv(back)
+    (received,) = transport.irecv([back])
     (out, to, first), (inward, source, second) = fake.posted
     assert (out, to, inward, source) == ("isend", 1, "irecv", 1)
     assert first != second
     sent.wait()
     assert received.wait().shape == (2, 3)
     assert fake.waits == [(), ()]  # a time limit would block the host
+
+
+def test_a_group_is_posted_once_and_what_has_no_bytes_needs_no_wire(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeDist(0)
+    monkeypatch.setattr(transfer, "dist", fake)
+    transport = transfer.ProcessGroupTransport(
+        [(0, 1)], device=torch.device("meta"), timeout=timedelta(seconds=1)
+    )
+    fake.groups.clear()
+    fake.waits.clear()
+    empty = replace(MESSAGE, sequence=1, shape=(0, 3))
+    last = replace(MESSAGE, sequence=2)
+    sent = transport.isend(
+        [MESSAGE, empty, last], [torch.zeros(2, 3), torch.zeros(0, 3), torch.ones(2, 3)]
+    )
+    assert fake.groups == [2]
+    assert [one.wait().shape for one in sent] == [(2, 3), (0, 3), (2, 3)]
+    assert len(fake.waits) == 2
+    assert transport.isend([empty], [torch.zeros(0, 3)])[0].wait().numel() == 0
+    assert fake.groups == [2]
 
 
 def test_a_pipeline_of_four_wraps_around() -> None:
@@ -137,13 +161,32 @@ def test_a_send_is_done_only_when_its_receive_is_posted() -> None:
     network = LocalNetwork(timeout_s=0.01)
     transport = LocalTransport(network)
     tensor = torch.arange(6.0).reshape(2, 3)
-    sent = transport.isend(MESSAGE, tensor)
+    (sent,) = transport.isend([MESSAGE], [tensor])
     with pytest.raises(TransferError, match=r"to rank 1 did not go through within 0\.01 s"):
         sent.wait()
-    received = transport.irecv(MESSAGE)
+    (received,) = transport.irecv([MESSAGE])
     assert torch.equal(sent.wait(), tensor)
     assert torch.equal(received.wait(), tensor)
+    (other,) = transport.irecv([replace(MESSAGE, sequence=1)])
     with pytest.raises(TransferError, match="from rank 0 did not arrive"):
+        other.wait()
+
+
+def test_of_a_group_nothing_has_gone_through_before_all_has() -> None:
+    network = LocalNetwork(timeout_s=0.01)
+    transport = LocalTransport(network)
+    later = replace(MESSAGE, sequence=1)
+    sent = transport.isend([MESSAGE, later], [torch.zeros(2, 3), torch.ones(2, 3)])
+    (received,) = transport.irecv([MESSAGE])
+    for one in sent:
+        with pytest.raises(TransferError, match="never posted the receive"):
+            one.wait()
+    transport.irecv([later])
+    assert [float(one.wait().sum()) for one in sent] == [0.0, 6.0]
+    assert float(received.wait().sum()) == 0.0
+    received = transport.irecv([replace(MESSAGE, sequence=2), replace(MESSAGE, sequence=3)])[0]
+    transport.isend([replace(MESSAGE, sequence=2)], [torch.zeros(2, 3)])
+    with pytest.raises(TransferError, match="that rank never sent it"):
         received.wait()
 
 
@@ -153,7 +196,7 @@ def test_without_tags_messages_are_matched_in_the_order_of_their_posts() -> None
     for by_order, expected in ((False, second), (True, first)):
         network = LocalNetwork(timeout_s=1.0, by_order=by_order)
         sender, receiver = LocalTransport(network), LocalTransport(network)
-        sender.isend(MESSAGE, first)
-        sender.isend(later, second)
-        got = receiver.irecv(later)  # a receiver that does not keep to the sender's order
+        sender.isend([MESSAGE], [first])
+        sender.isend([later], [second])
+        (got,) = receiver.irecv([later])  # a receiver that does not keep to the sender's order
         assert torch.equal(got.wait(), expected)
