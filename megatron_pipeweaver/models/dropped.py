@@ -2,6 +2,7 @@
 
     norm ──► linear:         what the norm made is freed when the linear has used it
     linear ──► activation ──► linear:  so is what the activation made
+    ──► MLP, experts:        what is made inside is, but not what comes in
 
 The gradient of the second linear's output arrives before that linear needs its input, and has it
 made again. What makes it stays Megatron's own code, fused or not.
@@ -13,9 +14,10 @@ import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
@@ -23,12 +25,19 @@ from torch import Tensor
 AtOnce = Callable[[], AbstractContextManager[None]]
 
 
+class Dropped(Protocol):
+    """Something that a layer drops, or keeps."""
+
+    def turn(self, on: bool) -> None:
+        """Drop, or keep, in the forwards that come; the forwards of a few modules change."""
+
+
 class DroppedNorm:
     """A norm and the linear behind it; while `on`, the tensor between them is dropped.
 
     Args:
         norm: a norm that hands on one tensor.
-        linear: the only module that reads it; returns its output and its bias.
+        linear: the only module that reads it, be it experts; returns its output and its bias.
         at_once: inside, a linear's backward computes its weight gradient itself, for what was
             dropped must not be held again until that gradient has an op of its own.
     """
@@ -41,11 +50,17 @@ class DroppedNorm:
 
     def turn(self, on: bool) -> None:
         """Drop, or keep, in the forwards that come; these modules' forwards alone change."""
-        for module, forward in ((self._norm, self._make), (self._linear, self._use)):
-            if on:
-                module.forward = forward
-            else:
-                module.__dict__.pop("forward", None)
+        self._norm.forward = self._make if on else self._keep
+        if on:
+            self._linear.forward = self._use
+        else:
+            self._linear.__dict__.pop("forward", None)
+
+    def _keep(self, hidden_SBH: Tensor) -> Tensor:
+        # An RMS norm that is not fused reads its input twice. Its two gradients are added up
+        # before they meet that of the residual, as they are where the norm runs again.
+        normed_SBH: Tensor = type(self._norm).forward(self._norm, hidden_SBH.view_as(hidden_SBH))
+        return normed_SBH
 
     def _make(self, hidden_SBH: Tensor) -> Tensor:
         self._again = _checkpoint()
@@ -53,10 +68,10 @@ class DroppedNorm:
         normed_SBH: Tensor = self._again.checkpoint(make, hidden_SBH)
         return normed_SBH
 
-    def _use(self, normed_SBH: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _use(self, normed_SBH: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         output: tuple[Tensor, Tensor | None]
         with self._at_once():
-            output = type(self._linear).forward(self._linear, normed_SBH)
+            output = type(self._linear).forward(self._linear, normed_SBH, **options)
         self._again.discard_output_and_register_recompute(output[0])
         self._again = None
         return output
@@ -83,8 +98,10 @@ class DroppedActivation:
         else:
             self._mlp.__dict__.pop("forward", None)
 
-    def _forward(self, hidden_SBH: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """The MLP's forward; dense ones read no `options`."""
+    def _forward(
+        self, hidden_SBH: Tensor, per_token_scale: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The MLP's forward, and an expert's, which scales its rows; `options` are not read."""
         del options
         mlp = self._mlp
         middle, bias = mlp.linear_fc1(hidden_SBH)
@@ -95,16 +112,58 @@ class DroppedActivation:
             linear_fc2=_Hand(),
         )
 
-        def activate(middle: Tensor) -> Tensor:
-            activated: Tensor = MLP.forward(between, middle)[0]
+        def activate(middle: Tensor, scale: Tensor | None) -> Tensor:
+            activated: Tensor = MLP.forward(between, middle, scale)[0]
             return activated
 
         again = _checkpoint()
-        output: tuple[Tensor, Tensor | None]
         with self._at_once():
-            output = mlp.linear_fc2(again.checkpoint(activate, middle))
-        again.discard_output_and_register_recompute(output[0])
-        return output
+            output, bias = mlp.linear_fc2(again.checkpoint(activate, middle, per_token_scale))
+        again.discard_output_and_register_recompute(output)
+        if per_token_scale is not None and bias is not None:
+            return output + bias.unsqueeze(0) * per_token_scale.unsqueeze(-1), None
+        return output, bias
+
+
+class DroppedInside:
+    """A module whose input alone stays: all that it makes inside is made again.
+
+    Args:
+        module: an MLP, or experts.
+        prepare: called in front of each run; what is inside must be set as it was the first time.
+        at_once: as in `DroppedNorm`, for all linears inside.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, prepare: Callable[[], None], at_once: AtOnce
+    ) -> None:
+        self._module = module
+        self._prepare = prepare
+        self._at_once = at_once
+
+    def turn(self, on: bool) -> None:
+        """Drop, or keep, in the forwards that come."""
+        if on:
+            self._module.forward = self._forward
+        else:
+            self._module.__dict__.pop("forward", None)
+
+    def _forward(self, hidden_SBH: Tensor, **options: Any) -> Any:
+        """What the module's own forward returns: its output, beside which there may be a bias."""
+        beside: list[Tensor | None] = []
+
+        def run(hidden_SBH: Tensor) -> Tensor:
+            self._prepare()
+            with self._at_once():
+                made = type(self._module).forward(self._module, hidden_SBH, **options)
+            # A bias is a parameter. Handed through a checkpoint it would become what that made,
+            # and the next backward would run without end.
+            first, *beside[:] = made if isinstance(made, tuple) else (made,)
+            output: Tensor = first
+            return output
+
+        output: Tensor = tensor_parallel.checkpoint(run, False, hidden_SBH)
+        return (output, *beside) if beside else output
 
 
 class _Hand(torch.nn.Module):

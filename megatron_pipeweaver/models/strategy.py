@@ -9,7 +9,7 @@ states that it ran under first.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -17,16 +17,24 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.strategy import LayerStrategy
-from megatron_pipeweaver.models.dropped import DroppedActivation, DroppedNorm
+from megatron_pipeweaver.models.dropped import (
+    Dropped,
+    DroppedActivation,
+    DroppedInside,
+    DroppedNorm,
+)
 from megatron_pipeweaver.models.weight_grad import WeightGradients
 
 _DROP_NORMS = frozenset({LayerStrategy.NORM, LayerStrategy.LIGHT})
-_WANT_INPUT_GRADIENT = _DROP_NORMS | {LayerStrategy.RECOMPUTE}
+_DROP_ACTIVATIONS = frozenset({LayerStrategy.ACTIVATION, LayerStrategy.LIGHT})
+_WANT_INPUT_GRADIENT = _DROP_NORMS | {LayerStrategy.RECOMPUTE, LayerStrategy.MLP}
 """Of an input without gradient, checkpointing would drop the parameters' gradients too."""
 
 
@@ -73,18 +81,30 @@ class StrategyLayer(TransformerLayer):  # type: ignore[misc]
 
     def _choose(self, strategy: LayerStrategy) -> None:
         """Have the layer's parts run under `strategy`."""
-        attention = self.self_attention
-        attention.checkpoint_core_attention = strategy is LayerStrategy.ATTENTION
+        self.self_attention.checkpoint_core_attention = strategy is LayerStrategy.ATTENTION
+        # Two of them may change one module: what is kept first, then what is dropped.
+        for part, on in sorted(self._droppable(strategy), key=lambda each: each[1]):
+            part.turn(on)
+
+    def _droppable(self, strategy: LayerStrategy) -> Iterator[tuple[Dropped, bool]]:
+        """What can be dropped, and whether `strategy` says so."""
+        mlp, attention = self.mlp, self.self_attention
+        has_experts = isinstance(mlp, MoELayer)
         norms = (
-            (self.input_layernorm, attention, "linear_qkv"),
-            (self.pre_mlp_layernorm, self.mlp, "linear_fc1"),
+            (self.input_layernorm, attention.linear_qkv),
+            (self.pre_mlp_layernorm, mlp if has_experts else mlp.linear_fc1),
         )
-        for norm, behind, linear in norms:
+        for norm, behind in norms:
             # Transformer Engine's norms are parts of the linears behind them.
             if not isinstance(norm, IdentityOp):
-                dropped = DroppedNorm(norm, getattr(behind, linear), self.at_once)
-                dropped.turn(strategy in _DROP_NORMS)
-        DroppedActivation(self.mlp, self.at_once).turn(strategy is LayerStrategy.LIGHT)
+                yield DroppedNorm(norm, behind, self.at_once), strategy in _DROP_NORMS
+        for one in _mlps(mlp):
+            yield DroppedActivation(one, self.at_once), strategy in _DROP_ACTIVATIONS
+        choose = functools.partial(self._choose, strategy)
+        yield DroppedInside(mlp, choose, self.at_once), strategy is LayerStrategy.MLP
+        if has_experts and mlp.shared_experts is not None:
+            shared = DroppedInside(mlp.shared_experts, choose, self.at_once)
+            yield shared, strategy is LayerStrategy.SHARED_EXPERTS
 
     def at_once(self) -> AbstractContextManager[None]:
         """Forwards inside have their backwards compute weight gradients themselves."""
@@ -142,12 +162,28 @@ def check_strategies(strategies: Iterable[LayerStrategy], layers: Iterable[Strat
     """Returns when `layers` can run under `strategies`.
 
     Raises:
-        ConfigError: a layer's MLP is not one whose activation can be run again.
+        ConfigError: a layer's MLP or experts are not such that can be run again.
     """
     for strategy, layer in zip(strategies, layers, strict=True):
-        if strategy is LayerStrategy.LIGHT and type(layer.mlp) is not MLP:
+        where = f"layer {layer.layer_number}: strategy {strategy.value!r}"
+        if strategy in _DROP_ACTIVATIONS and not _mlps(layer.mlp):
             raise ConfigError(
-                f"layer {layer.layer_number}: strategy {strategy.value!r} runs the activation of "
-                f"Megatron's MLP again, and this is a {type(layer.mlp).__name__}; plan with "
-                f"{LayerStrategy.NORM.value!r} instead"
+                f"{where} runs the activation of Megatron's MLP again, and this is a "
+                f"{type(layer.mlp).__name__}; plan with {LayerStrategy.NORM.value!r} instead"
             )
+        if strategy is LayerStrategy.SHARED_EXPERTS and _overlaps_shared_experts(layer.mlp):
+            raise ConfigError(
+                f"{where} and shared experts that run beside the dispatch; drop "
+                "--moe-shared-expert-overlap"
+            )
+
+
+def _mlps(mlp: torch.nn.Module) -> tuple[Any, ...]:
+    """The MLPs of Megatron's whose activations a layer can drop: its own, or all experts'."""
+    if isinstance(mlp, MoELayer):
+        return tuple(mlp.experts.local_experts) if isinstance(mlp.experts, SequentialMLP) else ()
+    return (mlp,) if type(mlp) is MLP else ()
+
+
+def _overlaps_shared_experts(mlp: torch.nn.Module) -> bool:
+    return isinstance(mlp, MoELayer) and bool(mlp.shared_expert_overlap)

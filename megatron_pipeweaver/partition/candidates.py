@@ -29,7 +29,10 @@ DEFAULT_CANDIDATES = 10
 
 _ORDER = (
     LayerStrategy.RECOMPUTE,
+    LayerStrategy.MLP,
+    LayerStrategy.SHARED_EXPERTS,
     LayerStrategy.LIGHT,
+    LayerStrategy.ACTIVATION,
     LayerStrategy.ATTENTION,
     LayerStrategy.NORM,
     LayerStrategy.KEEP,

@@ -319,7 +319,7 @@ _FLAGS: Mapping[str, _Flag] = {
             "type": _parse_strategies,
             "metavar": "NAME[,...]",
             "help": "What plans may have a layer do with its activations, as in "
-            "keep,recompute,recompute_attention,offload. Chosen by the device where left out.",
+            "keep,recompute,recompute_mlp,offload. Chosen by the device where left out.",
         },
         read=_read_strategies,
         make=_strategy_names,
@@ -397,7 +397,8 @@ _REFUSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "delay_wgrad_compute": (_set, _OWN_ORDER),
     "recompute_granularity": (
         _set,
-        "PipeWeaver chooses per pass which layers are recomputed; leave it out",
+        "PipeWeaver chooses per pass which layers are recomputed; leave it out, and give "
+        "--pipeweaver-strategies to say what a layer may recompute",
     ),
     "cuda_graph_impl": (lambda value: value not in (None, "none"), _NO_GRAPH),
     "enable_cuda_graph": (_set, _NO_GRAPH),

@@ -61,10 +61,19 @@ _LOCAL_STRATEGIES = (
     LayerStrategy.RECOMPUTE,
     LayerStrategy.ATTENTION,
     LayerStrategy.NORM,
+    LayerStrategy.ACTIVATION,
     LayerStrategy.LIGHT,
+    LayerStrategy.MLP,
+    LayerStrategy.SHARED_EXPERTS,
 )
 """What Megatron's own layers are planned with."""
-_ENGINE_STRATEGIES = (LayerStrategy.KEEP, LayerStrategy.RECOMPUTE, LayerStrategy.ATTENTION)
+_ENGINE_STRATEGIES = (
+    LayerStrategy.KEEP,
+    LayerStrategy.RECOMPUTE,
+    LayerStrategy.ATTENTION,
+    LayerStrategy.MLP,
+    LayerStrategy.SHARED_EXPERTS,
+)
 """And Transformer Engine's, whose norms are parts of the linears behind them."""
 _CPU = "cpu"
 """The shipped profile of a machine without a GPU."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from megatron_pipeweaver.ir.strategy import LayerStrategy
@@ -12,39 +12,76 @@ from megatron_pipeweaver.semu.work import OperatorClass, Queue, Subgraph, Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recomputed:
-    """Which operators run again, and whether what they hand to others is dropped as well."""
+    """Which operators run again, and whether what they hand to others is dropped as well.
+
+    Those of a block run again together, whether all that they make is needed or not; the others
+    one by one.
+    """
 
     operators: frozenset[str] = frozenset()
     drops_outputs: bool = False
-    whole: bool = False
+    blocks: tuple[frozenset[str], ...] = ()
 
 
 _NORMS = frozenset({"norm1", "norm2", "norm_cross"})
-_ACTIVATIONS = frozenset({"activation", "expert_activation", "shared_activation"})
-_ATTENTIONS = frozenset(
-    f"{prefix}attention{part}"
+_ACTIVATIONS = frozenset({"activation", "expert_activation", "weigh"})
+_SELF_ATTENTION, _CROSS_ATTENTION = (
+    frozenset(
+        {f"{prefix}attention{part}" for part in ("", "_ring", "_scores", "_softmax", "_context")}
+        | {f"repeat_{prefix}key", f"repeat_{prefix}value"}
+    )
     for prefix in ("", "cross_")
-    for part in ("", "_ring", "_scores", "_softmax", "_context")
-) | {"repeat_key", "repeat_value", "repeat_cross_key", "repeat_cross_value"}
+)
+_SHARED_EXPERTS = frozenset({"shared_fc1", "shared_activation", "shared_fc2"})
+_EXPERTS = _SHARED_EXPERTS | {
+    "enter_experts",
+    "router",
+    "route",
+    "permute",
+    "dispatch",
+    "expert_fc1",
+    "expert_activation",
+    "weigh",
+    "expert_fc2",
+    "combine",
+    "unpermute",
+    "add_shared",
+    "leave_experts",
+}
+_MLP = frozenset({"enter_mlp", "fc1", "activation", "fc2", "leave_mlp"})
 
-_SELECTIVE: Mapping[LayerStrategy, Recomputed] = MappingProxyType(
+_ONE_BY_ONE: Mapping[LayerStrategy, frozenset[str]] = MappingProxyType(
     {
-        LayerStrategy.ATTENTION: Recomputed(operators=_ATTENTIONS),
-        LayerStrategy.NORM: Recomputed(operators=_NORMS, drops_outputs=True),
-        LayerStrategy.LIGHT: Recomputed(operators=_NORMS | _ACTIVATIONS, drops_outputs=True),
+        LayerStrategy.NORM: _NORMS,
+        LayerStrategy.ACTIVATION: _ACTIVATIONS,
+        LayerStrategy.LIGHT: _NORMS | _ACTIVATIONS,
     }
 )
+"""Operators whose outputs are dropped, whoever keeps them."""
+_TOGETHER: Mapping[LayerStrategy, tuple[frozenset[str], ...]] = MappingProxyType(
+    {
+        LayerStrategy.ATTENTION: (_SELF_ATTENTION, _CROSS_ATTENTION),
+        LayerStrategy.MLP: (_MLP, _EXPERTS),
+        LayerStrategy.SHARED_EXPERTS: (_SHARED_EXPERTS,),
+    }
+)
+"""Operators that are checkpointed together: what goes in and what comes out stays."""
 
 
 def recomputed(strategy: LayerStrategy, graph: Subgraph) -> Recomputed:
     """The operators of `graph` that `strategy` runs again."""
     names = frozenset(one.name for one in graph.operators)
     if strategy is LayerStrategy.RECOMPUTE:
-        return Recomputed(operators=names, drops_outputs=True, whole=True)
-    found = _SELECTIVE.get(strategy, Recomputed())
-    # Steps of one operator are called ``name:step``.
-    chosen = frozenset(name for name in names if name.partition(":")[0] in found.operators)
-    return replace(found, operators=chosen)
+        return Recomputed(operators=names, drops_outputs=True, blocks=(names,))
+    if strategy in _ONE_BY_ONE:
+        return Recomputed(operators=_steps(names, _ONE_BY_ONE[strategy]), drops_outputs=True)
+    blocks = tuple(_steps(names, block) for block in _TOGETHER.get(strategy, ()))
+    return Recomputed(operators=frozenset().union(*blocks), blocks=blocks)
+
+
+def _steps(names: frozenset[str], chosen: frozenset[str]) -> frozenset[str]:
+    """Those of `names` that are `chosen` or steps of a chosen operator, called ``name:step``."""
+    return frozenset(name for name in names if name.partition(":")[0] in chosen)
 
 
 def weight_grads_apart(strategy: LayerStrategy, graph: Subgraph) -> frozenset[str]:
@@ -52,17 +89,19 @@ def weight_grads_apart(strategy: LayerStrategy, graph: Subgraph) -> frozenset[st
 
     Those of linears whose operands are on the device anyway: what was dropped or offloaded would
     be held once more until then. A projector's would hold more than it does otherwise, and what is
-    no linear costs too little.
+    no linear costs too little. Experts behind a dropped norm run as one with the router.
     """
     again = recomputed(strategy, graph)
-    if again.whole or strategy is LayerStrategy.OFFLOAD or graph.name == "projector":
+    if strategy is LayerStrategy.OFFLOAD or graph.name == "projector":
         return frozenset()
+    at_once = again.operators | (_EXPERTS if "norm2" in again.operators else frozenset())
     dropping = again.operators if again.drops_outputs else frozenset()
     dropped = {name for one in graph.operators if one.name in dropping for name in one.outputs}
     return frozenset(
         one.name
         for one in graph.operators
         if one.kind is OperatorClass.MATMUL
+        and one.name not in at_once
         and one.queue is Queue.COMPUTE
         and dropped.isdisjoint(graph.bases.get(name, name) for name in one.saves)
     )

@@ -78,9 +78,15 @@ class _Builder:
             )
         )
 
-    def run_forward(self, one: Operator) -> None:
-        """Add the forward of an operator."""
-        self.add(one, Phase.FORWARD, self.activations(one.inputs), self.activations(one.outputs))
+    def run_forward(self, one: Operator, after: tuple[int, ...] = ()) -> None:
+        """Add the forward of an operator, behind what writes the tensors `after`."""
+        reads = self.activations(one.inputs) + after
+        self.add(one, Phase.FORWARD, reads, self.activations(one.outputs))
+
+    def received(self, one: Operator) -> tuple[int, ...]:
+        """Nodes of the gradients of what an operator made, as far as there are any."""
+        grads = (f"grad:{name}" for name in one.outputs)
+        return tuple(self.index[name] for name in grads if name in self.index)
 
     def hold(self, tensors: tuple[int, ...]) -> None:
         """Keep `tensors` to the end of everything so far."""
@@ -122,15 +128,15 @@ def backward_graph(
     at_hand = {one.name for one in held_tensors(subgraph, again)}
     build.activations(at_hand_in_order(subgraph, at_hand))
     producers = {name: one for one in subgraph.operators for name in one.outputs}
-    if again.whole:
-        for one in subgraph.operators:
-            build.run_forward(one)
-            at_hand.update(one.outputs)
     if subgraph.operators:
         build.gradients(subgraph.operators[-1].outputs[:1])
+    blocks = list(again.blocks)
     for one in reversed(subgraph.operators):
+        for block in [block for block in blocks if one.name in block]:
+            blocks.remove(block)
+            _run_block(build, block, at_hand, build.received(one))
         for name in one.saves:
-            _bring_back(build, name, at_hand, producers)
+            _bring_back(build, name, at_hand, producers, build.received(one))
         _add_gradients(build, one, producers, weight_grad=weight_grad)
     return build.finish()
 
@@ -140,17 +146,35 @@ def at_hand_in_order(subgraph: Subgraph, names: set[str]) -> list[str]:
     return [one.name for one in subgraph.tensors if one.name in names]
 
 
-def _bring_back(
-    build: _Builder, name: str, at_hand: set[str], producers: dict[str, Operator]
+def _run_block(
+    build: _Builder, block: frozenset[str], at_hand: set[str], after: tuple[int, ...]
 ) -> None:
-    """Run again what writes `name`, and what that reads, unless it is at hand."""
+    """Run all operators of `block` again, when gradients `after` are there."""
+    for one in build.subgraph.operators:
+        if one.name in block:
+            build.run_forward(one, after)
+            at_hand.update(one.outputs)
+
+
+def _bring_back(
+    build: _Builder,
+    name: str,
+    at_hand: set[str],
+    producers: dict[str, Operator],
+    after: tuple[int, ...],
+) -> None:
+    """Run again what writes `name`, and what that reads, unless it is at hand.
+
+    Whose backward needs it has its gradients `after` by then: autograd runs nothing again beside
+    the collective that brings them.
+    """
     name = build.bases.get(name, name)
     if name in at_hand or name not in build.sizes or name not in producers:
         return
     one = producers[name]
     for source in one.inputs:
-        _bring_back(build, source, at_hand, producers)
-    build.run_forward(one)
+        _bring_back(build, source, at_hand, producers, after)
+    build.run_forward(one, after)
     at_hand.update(one.outputs)
 
 
@@ -158,12 +182,10 @@ def _add_gradients(
     build: _Builder, one: Operator, producers: dict[str, Operator], *, weight_grad: bool
 ) -> None:
     """Input gradient, then weight gradient, of one operator."""
-    received = tuple(
-        build.index[f"grad:{name}"] for name in one.outputs if f"grad:{name}" in build.index
-    )
+    received = build.received(one)
     kept = build.activations(one.saves)
     needs_inputs = one.input_grad != NO_WORK or one.weight_grad == NO_WORK
-    gathered = _gather_again(build, one, producers) if weight_grad else ()
+    gathered = _gather_again(build, one, producers, received) if weight_grad else ()
     if needs_inputs:
         build.add(one, Phase.INPUT_GRAD, received + kept, build.gradients(one.inputs))
     if weight_grad and one.weight_grad != NO_WORK and one.kind is not OperatorClass.ALL_GATHER:
@@ -171,13 +193,17 @@ def _add_gradients(
 
 
 def _gather_again(
-    build: _Builder, one: Operator, producers: dict[str, Operator]
+    build: _Builder, one: Operator, producers: dict[str, Operator], after: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """With sequence parallelism a linear keeps its shard, so its whole input is gathered again."""
+    """With sequence parallelism a linear keeps its shard, so its whole input is gathered again.
+
+    That begins with the linear's backward, `after` its gradients are there, and hides behind the
+    input gradient.
+    """
     source = producers.get(one.inputs[0]) if one.inputs else None
     if source is None or source.kind is not OperatorClass.ALL_GATHER or one.weight_grad == NO_WORK:
         return ()
     whole = source.outputs[0]
     tensor = build.tensor(f"again:{whole}", build.sizes[whole])
-    build.add(source, Phase.WEIGHT_GRAD, build.activations(source.inputs), (tensor,))
+    build.add(source, Phase.WEIGHT_GRAD, build.activations(source.inputs) + after, (tensor,))
     return (tensor,)

@@ -94,7 +94,7 @@ def test_strategies_that_are_none_are_refused_in_one_line(text, wrong, capsys):
     assert error.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"--pipeweaver-strategies: cannot read {wrong!r} of {text!r}; give each" in last
-    assert last.endswith("recompute_norm, recompute_light, offload")
+    assert last.endswith("recompute_mlp, recompute_shared_experts, offload")
 
 
 FILE = {

@@ -3,10 +3,11 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # read when megatron-core is imported
 
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -17,6 +18,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -49,12 +51,18 @@ class FlopCount(TorchDispatchMode):
 
 
 @contextmanager
+def experts_without_transformer_engine() -> Iterator[None]:
+    """Both versions leave out the `None` that their router asks for."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not hasattr(moe_utils, "te_general_gemm"):
+            patch.setattr(moe_utils, "te_general_gemm", None, raising=False)
+        yield
+
+
+@contextmanager
 def one_rank() -> Iterator[None]:
     """megatron-core's parallel state with this process alone."""
-    if not hasattr(moe_utils, "te_general_gemm"):
-        # Without Transformer Engine both versions leave out the `None` that their router asks for.
-        moe_utils.te_general_gemm = None
-    with PatchSet(cpu_patches()):
+    with experts_without_transformer_engine(), PatchSet(cpu_patches()):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
             parallel_state.initialize_model_parallel(1, 1)
@@ -66,9 +74,13 @@ def one_rank() -> Iterator[None]:
 
 
 def make_layer(
-    spec: LayerSpec, *, dropout: float = 0.0, recompute: list[str] | None = None
+    spec: LayerSpec,
+    *,
+    dropout: float = 0.0,
+    recompute: list[str] | None = None,
+    module: type[torch.nn.Module] = TransformerLayer,
 ) -> torch.nn.Module:
-    """megatron-core's own layer for `spec`, in single precision."""
+    """megatron-core's own layer for `spec`, in single precision; `module` is its class."""
     selective = {"recompute_granularity": "selective", "recompute_modules": recompute}
     gated = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
     experts = {}
@@ -108,7 +120,7 @@ def make_layer(
         )
     else:
         layer_spec = get_vit_layer_with_local_spec()
-    layer = build_module(layer_spec, config=config, layer_number=1)
+    layer = build_module(replace(layer_spec, module=module), config=config, layer_number=1)
     return layer.train()
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 
@@ -46,6 +47,7 @@ SPECS = {
     "experts, llama": _spec(groups=2, experts=EXPERTS, **LLAMA),
     "experts, shared": _spec(experts=replace(EXPERTS, shared_ffn_hidden_size=96), **LLAMA),
     "vit": _spec(causal=False),
+    "vit, no bias": _spec(causal=False, bias=False, qkv_bias=False),
     "vit, gated": _spec(causal=False, gated_mlp=True),
 }
 SIZES = [(64, 2), (33, 1), (128, 3)]
@@ -99,16 +101,49 @@ def test_layer_with_dropout(name: str) -> None:
     assert _held(graph, LayerStrategy.KEEP) == pytest.approx(real.saved_bytes, rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama, grouped", "experts, llama", "vit"])
-def test_attention_recompute(name: str) -> None:
+RECOMPUTED = {
+    "core_attn": (
+        LayerStrategy.ATTENTION,
+        ["gpt", "llama, grouped", "experts, llama", "experts, shared", "vit"],
+    ),
+    # Of layers with biases, megatron-core's own recomputation of MLPs never ends.
+    "mlp": (LayerStrategy.MLP, ["llama, grouped", "qwen3", "vit, no bias"]),
+    "moe": (LayerStrategy.MLP, ["experts", "experts, llama", "experts, shared"]),
+    "shared_experts": (LayerStrategy.SHARED_EXPERTS, ["experts, shared"]),
+}
+"""Kinds of selective recomputation, and layers that megatron-core itself can run under them."""
+
+
+@pytest.mark.parametrize(
+    ("module", "strategy", "name"),
+    [(module, one, name) for module, (one, names) in RECOMPUTED.items() for name in names],
+)
+def test_selective_recompute(module: str, strategy: LayerStrategy, name: str) -> None:
     spec = SPECS[name]
-    layer = megatron_layers.make_layer(spec, recompute=["core_attn"])
+    layer = megatron_layers.make_layer(spec, recompute=[module])
     real = megatron_layers.measure(layer, 64, 2, rotary=spec.rotary)
     graph = _graph(spec, 64, 2)
-    assert _held(graph, LayerStrategy.ATTENTION) == pytest.approx(real.saved_bytes, rel=0.03)
-    assert _backward_flops(graph, LayerStrategy.ATTENTION) == pytest.approx(
-        real.backward_flops, rel=0.005
-    )
+    assert _held(graph, strategy) == pytest.approx(real.saved_bytes, rel=0.03)
+    assert _held(graph, strategy) < _held(graph, LayerStrategy.KEEP)
+    assert _backward_flops(graph, strategy) == pytest.approx(real.backward_flops, rel=0.005)
+
+
+@pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="is installed")
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        ("layernorm", "FP8GlobalStateManager"),
+        ("moe_act", "moe_grouped_gemm"),
+        ("mla_up_proj", "multi_latent_attention"),
+    ],
+)
+def test_what_megatron_cannot_run_again_without_transformer_engine(module: str, why: str) -> None:
+    def run(spec: LayerSpec) -> None:
+        layer = megatron_layers.make_layer(spec, recompute=[module])
+        megatron_layers.measure(layer, 8, 1, rotary=spec.rotary)
+
+    with pytest.raises((NameError, ValueError), match=why):
+        run(SPECS["experts, llama"])
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama, grouped", "qwen3", "experts, shared", "vit"])

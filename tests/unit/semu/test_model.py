@@ -9,7 +9,8 @@ from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.layers import transformer_layer
 from megatron_pipeweaver.semu.model import AnalyticCostModel
 from megatron_pipeweaver.semu.options import Attention, RunOptions
-from megatron_pipeweaver.semu.work import Phase
+from megatron_pipeweaver.semu.strategies import recomputed
+from megatron_pipeweaver.semu.work import Phase, Queue
 
 LOAD = Load(sequence=256, batch=2, lengths=(256, 256), output_tokens=128)
 MIDDLE = StageShape(layers=3, is_first=False, is_last=False)
@@ -40,6 +41,25 @@ def test_recompute_holds_the_layers_inputs_and_pays_their_forward() -> None:
     whole = keep.backward_ns + keep.weight_grad_ns
     assert recompute.backward_ns == whole + keep.forward_ns
     assert recompute.weight_grad_ns == 0  # what was dropped is not held for it once more
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_what_runs_again_does_not_hide_behind_collectives(sequence_parallel: bool) -> None:
+    parallel = ParallelSizes(pipeline=1, tensor=4, sequence_parallel=sequence_parallel)
+    costs = _costs(parallel=parallel)
+    graph = transformer_layer(layer_spec(_module()), LOAD, costs.options)
+    keep = costs.graph_cost(graph)
+    for strategy in LayerStrategy:
+        again = recomputed(strategy, graph).operators
+        cost = costs.graph_cost(graph, strategy)
+        longer_ns = (cost.backward_ns + cost.weight_grad_ns) - (
+            keep.backward_ns + keep.weight_grad_ns
+        )
+        assert longer_ns >= sum(
+            costs.work_ns(one.forward, one.kind, one.queue)
+            for one in graph.operators
+            if one.name in again and one.queue is Queue.COMPUTE
+        )
 
 
 def test_a_stage_without_layers_holds_nothing() -> None:
