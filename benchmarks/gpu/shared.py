@@ -1,40 +1,58 @@
 r"""Four ranks on one GPU: PipeWeaver beside Megatron's interleaved function, measured.
 
     bash scripts/gpu_check.sh            # starts MPS and sets NCCL's multi-rank switch
-    python -m benchmarks.gpu.shared --size small -o shared.csv     # on a CPU: that it runs at all
+    python -m benchmarks.gpu.shared --size small -o shared.csv     # the same code on a CPU
 
 First every link of the pipeline carries a message, which tells in seconds whether NCCL takes ranks
-that share a device. Then a language model of real chunks trains by both schedule functions by
-turns; Megatron's function takes microbatches of one length, so text is what both can run. The same
-batches with images, ever another number of them, follow by PipeWeaver alone. Plans come from a
-planner in the training process and from made-up costs, so PipeWeaver's times hold its search and
-schedules that know nothing of the GPU: more than it needs.
+that share a device, and rank 0 measures operators in its share of the device, the others waiting:
+plans are made with these costs. Then a language model of real chunks trains by both schedule
+functions, by turns and on the same batches; Megatron's function takes microbatches of one length,
+so text is what both can run. Batches with images, ever another number of them, follow by
+PipeWeaver alone, beside what was planned. As in training, where the planner has the iteration
+before to itself, plans are searched ahead: what is timed takes a plan, agrees on it, and runs it.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import logging
 import random
-import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.turns import Row, timed, told_medians, write_rows
+from megatron_pipeweaver.config import SearchConfig
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.ir.batch import BatchMetadata, Item, MicrobatchMetadata
+from megatron_pipeweaver.ir.cluster import ParallelSizes
 from megatron_pipeweaver.ir.plan import Message
 from megatron_pipeweaver.ir.text import parse_op
+from megatron_pipeweaver.planner.planner import Planner, batch_digest
+from megatron_pipeweaver.planner.settings import CostSettings, PlannerSettings
+from megatron_pipeweaver.planner.source import InProcessSource, PlanAnswer
+from megatron_pipeweaver.plugin.data import describe_batch
+from megatron_pipeweaver.plugin.schedule import PipeWeaverSchedule
+from megatron_pipeweaver.plugin.training import found_device
 from megatron_pipeweaver.runtime.transfer import ProcessGroupTransport
+from megatron_pipeweaver.semu.calibration import calibrate
+from megatron_pipeweaver.semu.devices import DeviceProfile, load_device
+from megatron_pipeweaver.semu.options import RunOptions
+from megatron_pipeweaver.semu.probes import measure
 from tests.distributed.harness import RankContext, run_on_ranks
-from tests.distributed.training import Case, Trainer, installed, megatron_ranks, schedule_for
+from tests.distributed.training import Case, Microbatch, Trainer, installed, megatron_ranks
 from tests.unit.models.examples import (
+    IMAGE,
     OPTIONS,
-    batch,
+    VOCABULARY,
     cut,
     language_only,
     vision_language,
@@ -43,12 +61,53 @@ from tests.unit.models.examples import (
 _log = logging.getLogger("shared")
 
 RANKS = 4
-WIDTHS = {"small": (8, 2, 4), "large": (2048, 16, 512)}
-"""Hidden size, attention heads, text tokens of a sample."""
+SYSTEMS = ("pipeweaver", "megatron", "planned")
+PATCH = 2
+IMAGES_PER_PASS = 4
 
 
-def work(ctx: RankContext, size: str, repeats: int, microbatches: int) -> Any:
-    """Rank 0's rows: (batch kind, repeat, system, nanoseconds)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How large everything is: widths, tokens of text, pixels of an image, sizes of probes."""
+
+    width: int
+    heads: int
+    text: int
+    pixels: int
+    probes: tuple[tuple[int, int], ...]
+
+    @property
+    def patches(self) -> int:
+        """Patches, and tokens, of an image."""
+        return (self.pixels // PATCH) ** 2
+
+
+SIZES: Mapping[str, Size] = {
+    "small": Size(
+        width=8, heads=2, text=4, pixels=4, probes=((16, 16), (32, 16), (32, 32), (64, 32))
+    ),
+    "large": Size(
+        width=2048,
+        heads=16,
+        text=512,
+        pixels=28,
+        probes=((512, 2048), (1024, 2048), (2048, 2048), (2048, 4096), (4096, 2048)),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a run is asked for."""
+
+    size: str
+    repeats: int
+    microbatches: int
+    search_ns: int
+
+
+def work(ctx: RankContext, run: Run) -> list[Row]:
+    """Rank 0's rows: (batches, repeat, PipeWeaver's ns, Megatron's ns, planned ns)."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -59,25 +118,105 @@ def work(ctx: RankContext, size: str, repeats: int, microbatches: int) -> Any:
         rank=ctx.rank,
         world_size=ctx.size,
     )
+    group = dist.new_group(backend="gloo")
     ctx.note("a message over every link")
     check_links(ctx.rank, device)
-    rows = []
+    ctx.note("calibration on rank 0")
+    size = SIZES[run.size]
+    profile = calibrated(size, device.type) if ctx.rank == 0 else load_device(found_device())
+    dist.barrier(group)
+    rows: list[Row] = []
     for kind, case in cases(size).items():
         with megatron_ranks(RANKS, case.layout.virtual_size) as groups:
             trainer = Trainer(case, groups)
             config = trainer.model[0].config
             config.overlap_p2p_comm, config.batch_p2p_comm = True, False
             config.deallocate_pipeline_outputs = on_gpu  # gloo may still be sending them
-            schedule = schedule_for(case, seed=0)
-            for repeat in range(repeats):
-                data = draw(kind, size, microbatches, repeat, case.options.params_dtype)
-                with installed(schedule):
-                    ctx.note(f"{kind} {repeat}: PipeWeaver")
-                    rows.append((kind, repeat, "pipeweaver", step_ns(trainer, data)))
-                if kind == "text":
-                    ctx.note(f"{kind} {repeat}: Megatron")
-                    rows.append((kind, repeat, "megatron", step_ns(trainer, data)))
+            ahead = PlansAhead(planner_for(case, profile, free_bytes(on_gpu), run.search_ns))
+            schedule = PipeWeaverSchedule(ahead, case.describe, wait_timeout=timedelta(minutes=2))
+            for repeat in range(-1, run.repeats):  # the first one warms up
+                data = draw(kind, size, run.microbatches, repeat, case.options.params_dtype)
+                ctx.note(f"{kind} {repeat}: planning")
+                planned_ns = ahead.plan(describe_batch(data, case.describe)) if not ctx.rank else 0
+                times: dict[str, int] = {}
+                systems = SYSTEMS[: 2 if kind == "text" else 1]
+                for system in systems if repeat % 2 else systems[::-1]:
+                    ctx.note(f"{kind} {repeat}: {system}")
+                    ours = installed(schedule) if system == SYSTEMS[0] else nullcontext()
+                    with ours:
+                        times[system] = timed(partial(iteration, trainer, data), group)
+                if repeat >= 0:
+                    rows.append((kind, repeat, *map(times.get, SYSTEMS[:2]), planned_ns))
     return rows
+
+
+def iteration(trainer: Trainer, data: list[Microbatch]) -> None:
+    """One iteration, to the device's last work."""
+    trainer.step(data)
+    torch.cuda.synchronize()
+
+
+class PlansAhead(InProcessSource):
+    """Plans of batches that were planned before anyone asked for them; a `PlanSource`."""
+
+    def __init__(self, planner: Planner) -> None:
+        super().__init__(planner)
+        self._made: dict[str, PlanAnswer] = {}
+
+    def plan(self, batch: BatchMetadata | None) -> int:
+        """Plan `batch` now; the planned nanoseconds of its iteration."""
+        assert batch is not None  # rank 0 draws its data
+        answer = super().collect(batch, forward_only=False)
+        self._made[batch_digest(batch)] = answer
+        planned = answer.planned()
+        assert planned is not None  # it was planned here
+        return planned.schedule.makespan_ns
+
+    def collect(self, batch: BatchMetadata, *, forward_only: bool) -> PlanAnswer:
+        """The plan that was made; a search here would count as training.
+
+        Raises:
+            ConfigError: `batch` was not planned ahead.
+        """
+        answer = self._made.pop(batch_digest(batch), None)
+        if answer is None or forward_only:
+            raise ConfigError("shared: this batch was not planned ahead; call plan() first")
+        return answer
+
+
+def calibrated(size: Size, device: str) -> DeviceProfile:
+    """This process's share of the device as it is, measured alone."""
+    samples = measure(device, sizes=size.probes, repeats=3)
+    return calibrate(samples, load_device(found_device())).profile
+
+
+def free_bytes(on_gpu: bool) -> int:
+    """What a rank may hold of activations: a share of what is free now, part of it left alone."""
+    if not on_gpu:
+        return 1 << 30
+    free, _ = torch.cuda.mem_get_info()
+    return free * 6 // (10 * RANKS)
+
+
+def planner_for(case: Case, profile: DeviceProfile, capacity_bytes: int, search_ns: int) -> Planner:
+    """The planner that training would have, with measured costs."""
+    on_gpu = torch.cuda.is_available()
+    options = RunOptions.unfused(element_bytes=2 if on_gpu else 4)
+    options = dataclasses.replace(
+        options,
+        mask_bytes=1 if on_gpu else options.mask_bytes,
+        parallel=ParallelSizes(pipeline=RANKS),
+    )
+    dtype = str(case.options.params_dtype).removeprefix("torch.")
+    return PlannerSettings(
+        model=case.spec,
+        layout=case.layout,
+        costs=CostSettings(device=profile, options=options),
+        sub_microbatch={one.name: case.images_per_pass for one in case.spec.modules[:-1]},
+        memory_capacity_bytes=(capacity_bytes,) * RANKS,
+        dtypes={one.name: dtype for one in case.spec.modules},
+        search=SearchConfig(time_budget_ns=search_ns),
+    ).make()
 
 
 def check_links(rank: int, device: torch.device) -> None:
@@ -85,9 +224,8 @@ def check_links(rank: int, device: torch.device) -> None:
     transport = ProcessGroupTransport([range(RANKS)], device=device, timeout=timedelta(seconds=60))
     target, source = (rank + 1) % RANKS, (rank - 1) % RANKS
     (received,) = transport.irecv([_message(source, rank)])
-    (sent,) = transport.isend(
-        [_message(rank, target)], [torch.full((3,), float(rank), device=device)]
-    )
+    number = torch.full((3,), float(rank), device=device)
+    (sent,) = transport.isend([_message(rank, target)], [number])
     if received.wait().tolist() != [float(source)] * 3:
         raise RuntimeError(f"rank {rank}: the message of rank {source} arrived damaged")
     sent.wait()
@@ -105,93 +243,101 @@ def _message(source: int, target: int) -> Message:
     )
 
 
-def cases(size: str) -> dict[str, Case]:
+def cases(size: Size) -> dict[str, Case]:
     """The models, two chunks of the language model per rank."""
-    width, heads, _ = WIDTHS[size]
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    options = dataclasses.replace(OPTIONS, params_dtype=dtype, max_sequence_length=4096)
+    options = dataclasses.replace(
+        OPTIONS, params_dtype=dtype, max_sequence_length=8192, image_size=size.pixels
+    )
 
     def wide(spec: Any) -> Any:
         modules = tuple(
             dataclasses.replace(
                 one,
-                hidden_size=width,
-                ffn_hidden_size=4 * width,
-                attention_heads=heads,
-                kv_groups=heads,
-                **({"output_size": width} if one.output_size else {}),
+                hidden_size=size.width,
+                ffn_hidden_size=4 * size.width,
+                attention_heads=size.heads,
+                kv_groups=size.heads,
+                **({"output_size": size.width} if one.output_size else {}),
             )
             for one in spec.modules
         )
         return dataclasses.replace(spec, modules=modules)
 
+    common: dict[str, Any] = {
+        "options": options,
+        "images_per_pass": IMAGES_PER_PASS,
+        "deterministic": False,
+        "describe": partial(described, size.patches),
+    }
     return {
         "text": Case(
-            spec=wide(language_only(layers=8)),
-            layout=cut(RANKS, language=[1] * 8),
-            options=options,
-            deterministic=False,
+            spec=wide(language_only(layers=8)), layout=cut(RANKS, language=[1] * 8), **common
         ),
         "images": Case(
             spec=wide(vision_language(vision_layers=4, language_layers=8)),
             layout=cut(RANKS, vision=[1] * 4, language=[1] * 8),
-            options=options,
-            deterministic=False,
+            **common,
         ),
     }
 
 
-def draw(kind: str, size: str, count: int, seed: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """A batch; with images, each microbatch has its own number of them."""
+def described(patches: int, microbatch: Microbatch) -> MicrobatchMetadata:
+    """Metadata off the tensors' shapes."""
+    samples, length = microbatch["tokens"].shape
+    images = (Item(units=patches, tokens=patches),) * len(microbatch["images"])
+    return MicrobatchMetadata(
+        sequence_length=length, samples=samples, items={"vision": images} if images else {}
+    )
+
+
+def draw(
+    kind: str, size: Size, count: int, seed: int, dtype: torch.dtype
+) -> list[dict[str, torch.Tensor]]:
+    """A batch; with images, each microbatch has its own number of them, in front of its text."""
     source = random.Random(seed)
     made = []
     for _ in range(count):
         images = source.choice([0, 1, 3, 8, 20]) if kind == "images" else 0
-        one = batch(images, text=WIDTHS[size][2], seed=source.randrange(10**6))
-        made.append(
-            {
-                name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cuda()
-                for name, tensor in one.items()
-            }
-        )
+        random_numbers = torch.Generator().manual_seed(source.randrange(10**6))
+        text = torch.randint(0, VOCABULARY, (size.text,), generator=random_numbers)
+        tokens = torch.cat([torch.full((images * size.patches,), IMAGE), text])[None]
+        pixels = torch.randn(images, 3, size.pixels, size.pixels, generator=random_numbers)
+        one = {
+            "tokens": tokens,
+            "labels": torch.randint(0, VOCABULARY, tokens.shape, generator=random_numbers),
+            "loss_mask": (tokens != IMAGE).to(dtype),
+            "images": pixels.to(dtype),
+        }
+        made.append({name: tensor.cuda() for name, tensor in one.items()})
     return made
-
-
-def step_ns(trainer: Trainer, data: list[dict[str, Any]]) -> int:
-    """One iteration, from a barrier to the device's last work."""
-    dist.barrier()
-    torch.cuda.synchronize()
-    started_ns = time.perf_counter_ns()
-    trainer.step(data)
-    torch.cuda.synchronize()
-    return time.perf_counter_ns() - started_ns
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=WIDTHS, default="large")
+    parser.add_argument("--size", choices=SIZES, default="large")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--microbatches", type=int, default=16)
+    parser.add_argument("--search-ms", type=int, default=1000, help="search of a plan, ahead")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run = Run(
+        size=args.size,
+        repeats=args.repeats,
+        microbatches=args.microbatches,
+        search_ns=args.search_ms * 1_000_000,
+    )
     rows = run_on_ranks(
         work,
         RANKS,
-        args.size,
-        args.repeats,
-        args.microbatches,
+        run,
         deadline_s=500.0,
         initialise=False,
         environment={"TORCHDYNAMO_DISABLE": "1"},
     )[0]
-    with args.output.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["batches", "repeat", "system", "milliseconds"])
-        writer.writerows((*row[:3], f"{row[3] / 1e6:.3f}") for row in rows)
-    for kind, system in dict.fromkeys((row[0], row[2]) for row in rows):
-        times = [row[3] for row in rows if (row[0], row[2]) == (kind, system)]
-        _log.info("%s, %s: %.2f ms (median of %d)", kind, system, median(times) / 1e6, len(times))
+    write_rows(args.output, "batches", SYSTEMS, rows)
+    told_medians(SYSTEMS, rows, _log)
 
 
 if __name__ == "__main__":

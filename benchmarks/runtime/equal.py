@@ -10,14 +10,11 @@ what differs is what a schedule function costs around them.
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 
@@ -25,7 +22,8 @@ from benchmarks.paced.cases import TINY, PlannedBatch
 from benchmarks.paced.interleaving import ChunkCost, ChunkOp, Costs, emulated_ns, interleaved_order
 from benchmarks.paced.megatron import MegatronSetting
 from benchmarks.paced.pace import Pace, measured_margin_ns
-from benchmarks.paced.ranks import megatron_chunks, run_megatron, run_planned, timed
+from benchmarks.paced.ranks import megatron_chunks, run_megatron, run_planned
+from benchmarks.turns import Row, timed, told_medians, write_rows
 from megatron_pipeweaver.compiler.lowering import compile_plan
 from megatron_pipeweaver.compiler.verify import verify
 from megatron_pipeweaver.ir.plan import PassPayload
@@ -46,6 +44,7 @@ from tests.distributed.training import megatron_ranks
 _log = logging.getLogger("equal")
 
 RANKS = 4
+SYSTEMS = ("pipeweaver", "megatron", "emulated")
 MODULE = "language"
 
 
@@ -119,7 +118,7 @@ def _length_ns(op: ChunkOp, costs: Costs) -> int:
     return cost.backward_ns if op.backward else cost.forward_ns
 
 
-def compare(ctx: RankContext, forward_us: int, microbatches: int, repeats: int) -> Any:
+def compare(ctx: RankContext, forward_us: int, microbatches: int, repeats: int) -> list[Row]:
     """Rank 0's rows: (schedule, repeat, PipeWeaver's ns, Megatron's ns, emulated ns)."""
     torch.set_num_threads(1)
     pace = Pace(numerator=1, denominator=1, margin_ns=measured_margin_ns())
@@ -132,7 +131,7 @@ def compare(ctx: RankContext, forward_us: int, microbatches: int, repeats: int) 
         memory_bytes=0,
         latency_ns=0,
     )
-    rows = []
+    rows: list[Row] = []
     for name, chunks in (("1f1b", 1), ("interleaved", 2)):
         costs = [[cost] * microbatches for _ in range(RANKS * chunks)]
         order = interleaved_order(RANKS, chunks, microbatches)
@@ -173,18 +172,8 @@ def main() -> None:
         deadline_s=240.0,
         environment={"TORCHDYNAMO_DISABLE": "1"},
     )[0]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["schedule", "repeat", "pipeweaver_ms", "megatron_ms", "emulated_ms"])
-        for name, repeat, *times in rows:
-            writer.writerow([name, repeat, *(f"{one / 1e6:.3f}" for one in times)])
-    for name in ("1f1b", "interleaved"):
-        ours, theirs = (median(row[at] for row in rows if row[0] == name) for at in (2, 3))
-        _log.info(
-            "%s: PipeWeaver %.1f ms, Megatron %.1f ms, ratio %.4f (medians)",
-            *(name, ours / 1e6, theirs / 1e6, ours / theirs),
-        )
+    write_rows(args.output, "schedule", SYSTEMS, rows)
+    told_medians(SYSTEMS, rows, _log)
 
 
 if __name__ == "__main__":

@@ -181,9 +181,11 @@ class PipeWeaverSchedule:
             with gathered_parameters(chunks), _no_gradient_sync(config):
                 recorder = self._execute(received.plan, stages, self._communicators)
             measured_ns = time.perf_counter_ns() - start_ns
+            # Here, since gradients are finalised in memory that plans do not speak of.
+            peak_bytes = None if gauge is None else gauge.peak_bytes
             if not forward_only:
                 finish_gradients(chunks, config, stages.num_tokens, groups, force_all_reduce)
-        peaks = self._peaks(received.plan.plan, gauge)
+        peaks = self._peaks(received.plan.plan, peak_bytes)
         self._report(received, answer, load.batch, forward_only, measured_ns, recorder, peaks)
         return stages.losses()
 
@@ -283,11 +285,11 @@ class PipeWeaverSchedule:
             return None
         return TensorGauge(one for chunk in chunks for one in chunk.parameters())
 
-    def _peaks(self, plan: Plan, gauge: MemoryGauge | None) -> tuple[MemoryPeak, ...]:
+    def _peaks(self, plan: Plan, peak_bytes: int | None) -> tuple[MemoryPeak, ...]:
         """Every pipeline rank's peak, planned and measured; none where nothing measures."""
-        if gauge is None or self._communicators is None:
+        if peak_bytes is None or self._communicators is None:
             return ()
-        measured = gather_bytes(str(gauge.peak_bytes).encode(), self._communicators.pipeline)
+        measured = gather_bytes(str(peak_bytes).encode(), self._communicators.pipeline)
         return tuple(
             MemoryPeak(planned_bytes=planned, measured_bytes=int(one))
             for planned, one in zip(peak_memory_bytes(plan), measured, strict=True)

@@ -62,6 +62,7 @@ class HostOffload:
 
     def __init__(self, stream: Any = None) -> None:
         self._stream = stream
+        self._device_type = "cpu" if stream is None else str(stream.device.type)
         self._layers: list[_Layer] = []
 
     @property
@@ -78,13 +79,17 @@ class HostOffload:
 
     @contextmanager
     def saving(self, ignored: Iterable[Tensor]) -> Iterator[None]:
-        """Send what forwards inside save to the host, but for `ignored`; one layer a call."""
+        """Send what forwards inside save to the host, but for `ignored`; one layer a call.
+
+        What lies on another device than the copies run on, as scalars on the host do, stays there.
+        """
         skipped = frozenset(_address(one) for one in ignored)
         number, layer = len(self._layers), _Layer()
         self._layers.append(layer)
 
         def pack(tensor: Tensor) -> _View | Tensor:
-            if tensor.numel() == 0 or _address(tensor) in skipped:
+            elsewhere = tensor.device.type != self._device_type
+            if elsewhere or tensor.numel() == 0 or _address(tensor) in skipped:
                 return tensor
             return _View(
                 number,

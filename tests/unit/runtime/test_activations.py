@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_pipeweaver.runtime.activations import ActivationMeter
+from megatron_pipeweaver.runtime.activations import ActivationMeter, AllocatorGauge
 
 EIGHT = 8  # bytes of a float64
 
@@ -63,3 +64,21 @@ def test_a_checkpointed_forward_holds_less() -> None:
     loss.backward()
     other.backward()
     assert kept.held_bytes == lean.held_bytes == 0
+
+
+def test_the_allocator_is_asked_for_what_it_gave_out_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Played by numbers: what was there before does not count, nor does an earlier peak."""
+    given = {"now": 100, "most": 900}
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda: given.update(most=given["now"])
+    )
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: given["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: given["most"])
+    gauge = AllocatorGauge()
+    assert gauge.peak_bytes == 0
+    with gauge.recording():
+        given.update(now=340, most=350)
+    gauge.note([torch.zeros(1000)])  # the allocator knows of it
+    given.update(now=40)
+    assert gauge.peak_bytes == 250
+    assert AllocatorGauge().peak_bytes == 0

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -102,6 +106,101 @@ def test_views_come_back_as_views_of_one_copy() -> None:
     assert whole.grad is not None
     swapped = torch.arange(12.0).reshape(3, 4)[:, [2, 3, 0, 1]]
     assert torch.equal(whole.grad, swapped)
+
+
+class _Stream:
+    """A stream of a device that is played by the CPU; `told` is shared by all of them."""
+
+    def __init__(self, name: str, device: str, told: list[tuple[Any, ...]]) -> None:
+        self.name, self.device, self.told = name, torch.device(device), told
+
+    def wait_stream(self, other: _Stream) -> None:
+        self.told.append((self.name, "waits for", other.name))
+
+    def record_event(self) -> tuple[str, int]:
+        event = (self.name, len(self.told))
+        self.told.append((self.name, "event", event))
+        return event
+
+    def wait_event(self, event: tuple[str, int]) -> None:
+        self.told.append((self.name, "waits for", event))
+
+
+@pytest.fixture(name="told")
+def _told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What streams were told; torch's own calls for them are played."""
+    told: list[tuple[Any, ...]] = []
+    running = ["compute"]
+    empty_like, copy_ = torch.empty_like, Tensor.copy_
+
+    @contextlib.contextmanager
+    def on(stream: _Stream) -> Iterator[None]:
+        running.append(stream.name)
+        yield
+        running.pop()
+
+    def copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        if non_blocking:
+            told.append((running[-1], "copies", source.nbytes))
+        return copy_(target, source)
+
+    def unpinned(*args: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        return empty_like(*args, **options)
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: _Stream("compute", "cpu", told))
+    monkeypatch.setattr(torch, "empty_like", unpinned)
+    monkeypatch.setattr(Tensor, "copy_", copied)
+    monkeypatch.setattr(
+        Tensor,
+        "record_stream",
+        lambda one, stream: told.append((stream.name, "uses", one.nbytes)),
+    )
+    return told
+
+
+def test_each_stream_waits_for_the_other_and_memory_outlives_the_copies(
+    told: list[tuple[Any, ...]],
+) -> None:
+    layers, offload = _layers(1), HostOffload(_Stream("copy", "cpu", told))
+    loss = _run(layers, offload, _input()).sum()
+    out = [
+        ("copy", "waits for", "compute"),  # what it copies has been computed
+        ("copy", "copies", BYTES),
+        ("copy", "uses", BYTES),  # the memory is not given out again before
+    ]
+    for start in (0, 4):  # the input of the layer, and the output of its tanh
+        assert told[start : start + 3] == out
+        assert told[start + 3] == ("copy", "event", ("copy", start + 3))
+    told.clear()
+    offload.prefetch()
+    loss.backward()
+    back = [one for one in told if one[0] == "copy"]
+    assert [one[1] for one in back] == 2 * ["waits for", "waits for", "copies", "event"]
+    assert [one[2] for one in back if one[1] == "waits for"] == [
+        "compute",
+        ("copy", 3),  # what comes back has left before
+        "compute",
+        ("copy", 7),
+    ]
+    arrived = [one[2] for one in back if one[1] == "event"]
+    compute = [one for one in told if one[0] == "compute"]
+    assert {one[2] for one in compute if one[1] == "waits for"} == set(arrived)
+    assert {one[2] for one in compute if one[1] == "uses"} == {BYTES}
+
+
+def test_what_lies_on_the_host_stays_there_where_the_device_is_another() -> None:
+    """A scalar on the CPU, say: it can be neither recorded on a stream nor is it in the way."""
+    layers, hidden = _layers(), _input()
+    torch.nn.Sequential(*layers)(hidden).sum().backward()
+    expected = hidden.grad
+    hidden = _input()
+    offload = HostOffload(_Stream("copy", "cuda", []))
+    _run(layers, offload, hidden).sum().backward()
+    assert offload.host_bytes == 0
+    assert expected is not None
+    assert hidden.grad is not None
+    assert torch.equal(hidden.grad, expected)
 
 
 def test_entries_catch_gradients_and_hold_nothing() -> None:
