@@ -6,7 +6,7 @@ modules; the plugin has another for Megatron's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import reduce
 from typing import NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.plan import ComputeAction, Plan, PlanPass
 from megatron_pipeweaver.ir.problem import OpKey, OpKind, PassKey
 from megatron_pipeweaver.ir.text import format_op
+from megatron_pipeweaver.runtime.split import SplitBackward
 
 
 class StageRunner(Protocol):
@@ -81,6 +82,11 @@ def run_recomputing(
 
 STRATEGIES: Mapping[str, RunForward] = {"keep": run_keeping, "recompute": run_recomputing}
 """How a stage runs forward, by the strategy's name in the plan."""
+AT_ONCE = frozenset({"recompute"})
+"""Strategies whose weight gradients are computed in ``B``: nothing dropped is held until ``W``.
+
+They are added there all the same, since the order of sums is the plan's.
+"""
 
 
 class _Alive(NamedTuple):
@@ -99,6 +105,8 @@ class ModuleStages:
             ``module(one, op, inputs)``; its own input it finds by the pass `one`.
         loss: the scalar loss of a pass, from the output of its last stage.
         strategies: how to run a forward, by the strategy's name.
+        at_once: those of them whose weight gradients are computed with the input gradients, and
+            only added in the plan's ``W``.
 
     After the run `losses` holds the loss of every pass that made one on this rank.
     """
@@ -109,14 +117,16 @@ class ModuleStages:
         modules: Mapping[tuple[str, int], torch.nn.Module],
         loss: Callable[[PlanPass, Tensor], Tensor],
         strategies: Mapping[str, RunForward] = STRATEGIES,
+        at_once: Collection[str] = AT_ONCE,
     ) -> None:
         self._graph = plan.graph()
         self._modules = modules
         self._loss = loss
         self._strategies = strategies
+        self._at_once = at_once
         self._split = split_backwards(plan)
         self._alive: dict[tuple[PassKey, int], _Alive] = {}
-        self._awaits_weight_grad: dict[tuple[PassKey, int], tuple[Tensor, Tensor]] = {}
+        self._halves: dict[tuple[PassKey, int], SplitBackward] = {}
         self.losses: dict[PassKey, Tensor] = {}
 
     def forward(
@@ -145,10 +155,8 @@ class ModuleStages:
     ) -> tuple[Tensor | None, ...]:
         """See `StageRunner`; gradients of several consumers are added from left to right.
 
-        Where the backward is split, weight gradients are left to `weight_grad`, which goes
-        through the stage's graph once more: right, but no faster than an unsplit backward.
+        Where the backward is split, weight gradients are left to `weight_grad` (`runtime.split`).
         """
-        del strategy  # the graph that the forward left behind follows it
         alive = self._alive.pop((one.key, op.stage))
         grad = self._output_grad(one, op, alive.output, output_grads)
         tracked = [each for each in alive.inputs if each.requires_grad]
@@ -156,22 +164,21 @@ class ModuleStages:
             return _zeros(alive.inputs)  # nothing flows back through this stage
         if op not in self._split:
             torch.autograd.backward(alive.output, grad)
-            found = [each.grad for each in tracked]
         else:
-            self._awaits_weight_grad[one.key, op.stage] = (alive.output, grad)
-            found = _input_grads(alive.output, tracked, grad)
-        by_input = iter(found)
+            half = SplitBackward(
+                alive.output, tracked, self._weights(op), at_once=strategy in self._at_once
+            )
+            half.input_grads(grad)
+            self._halves[one.key, op.stage] = half
         return tuple(
-            _or_zeros(next(by_input), each) if each.requires_grad else None for each in alive.inputs
+            _or_zeros(each.grad, each) if each.requires_grad else None for each in alive.inputs
         )
 
     def weight_grad(self, one: PlanPass, op: OpKey) -> None:
         """See `StageRunner`."""
-        held = self._awaits_weight_grad.pop((one.key, op.stage), None)
-        weights = [each for each in self._module(op).parameters() if each.requires_grad]
-        if held is not None and weights:
-            output, grad = held
-            torch.autograd.backward(output, grad, inputs=weights)
+        half = self._halves.pop((one.key, op.stage), None)
+        if half is not None:  # else nothing has flowed back
+            half.weight_grads()
 
     def fill_missing_gradients(self) -> None:
         """Give zero gradients to the parameters that no pass of this run has reached."""
@@ -182,6 +189,9 @@ class ModuleStages:
 
     def _module(self, op: OpKey) -> torch.nn.Module:
         return self._modules[op.module, op.stage]
+
+    def _weights(self, op: OpKey) -> list[Tensor]:
+        return [each for each in self._module(op).parameters() if each.requires_grad]
 
     def _makes_loss(self, one: PlanPass, op: OpKey) -> bool:
         return op.stage == one.stages - 1 and not self._graph.consumers[one.key]
@@ -202,12 +212,6 @@ class ModuleStages:
         if self._makes_loss(one, op):
             return torch.ones_like(output)
         return reduce(torch.add, grads) if grads else None
-
-
-def _input_grads(output: Tensor, inputs: list[Tensor], grad: Tensor) -> list[Tensor | None]:
-    if not inputs:
-        return []
-    return list(torch.autograd.grad(output, inputs, grad, retain_graph=True, allow_unused=True))
 
 
 def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:

@@ -135,6 +135,7 @@ def test_a_split_backward_leaves_the_weight_gradient_to_w(strategy: str) -> None
     assert chunks["b"].weight.grad is None
     stages.weight_grad(passes[B], _op("W", B))
     assert chunks["b"].weight.grad == 4.0
+    assert chunks["b"].calls == (1 if strategy == "keep" else 2)
 
 
 def test_evaluation_makes_losses_and_no_graph() -> None:
