@@ -67,7 +67,7 @@ def _case(setup: str, args: argparse.Namespace) -> PacedCase:
             time_budget_ns=round(args.search_s * SECOND_NS),
             threads=2,
             seed=args.seed,
-            # Splitting takes 8 % of a backward on CPUs, and what it takes on an H800 nobody measured.
+            # Splitting takes 8 % of a backward on CPUs; what it takes on an H800 nobody measured.
             # At 8 % plans of these setups hardly ever split.
             split_weight_grad=False,
         ),

@@ -159,7 +159,7 @@ def _cut(chain: Sequence[Place], weights: Sequence[int], parts: int) -> list[lis
             made[min(parts - 1, begin * parts // max(1, total))].append((place, _ONE))
         for index in range(parts):
             lower, upper = Fraction(index * total, parts), Fraction((index + 1) * total, parts)
-            share = Fraction(min(upper, begin + weight) - max(lower, begin))
+            share = min(upper, Fraction(begin + weight)) - max(lower, Fraction(begin))
             if share > 0:
                 made[index].append((place, share / weight))
         begin += weight
