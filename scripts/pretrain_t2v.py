@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from streams import sample_streams
 from t2v_data import ClipOptions, ClipSamples
-from training_script import refuse_wrong_loss, summed_loss, train
+from training_script import on_device, refuse_wrong_loss, summed_loss, train
 
 from megatron_pipeweaver.plugin.text_to_video import TextToVideo, add_text_to_video_arguments
 
@@ -51,18 +51,6 @@ def clip_options(args: argparse.Namespace, seed: int) -> ClipOptions:
 def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Any, Any]:
     """Megatron's forward step: one microbatch through one chunk, or through the whole model."""
     return model(on_device(next(data_iterator))), loss_of_patches
-
-
-def on_device(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The microbatch's tensors, one per clip or one for all, on this rank's device."""
-    return {
-        name: (
-            tuple(each.cuda(non_blocking=True) for each in one)
-            if isinstance(one, tuple)
-            else one.cuda(non_blocking=True)
-        )
-        for name, one in batch.items()
-    }
 
 
 def loss_of_patches(

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from streams import sample_streams
-from training_script import refuse_wrong_loss, summed_loss, train
+from training_script import on_device, refuse_wrong_loss, summed_loss, train
 from vlm_data import SampleOptions, Samples
 
+from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.plugin.vision_language import (
     VisionLanguage,
     add_vision_language_arguments,
@@ -36,6 +37,12 @@ def main() -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags of the model, and those of its data."""
     group = add_vision_language_arguments(parser).add_argument_group(title="data")
+    group.add_argument(
+        "--dynamic-image-sizes",
+        action="store_true",
+        help="Every image has a size and a shape of its own, of at most --img-h times --img-w "
+        "pixels. Needs --vision-rotary, or a Qwen2-VL.",
+    )
     group.add_argument(
         "--energon",
         metavar="PATH",
@@ -54,11 +61,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def streams(args: argparse.Namespace) -> Sequence[Any]:
     """Microbatches to train on, to validate on and to test on, each without end."""
+    check_sizes(args)
     if args.energon:
         from vlm_energon import energon_streams
 
         return energon_streams(args, FAMILY)
     return sample_streams(args, lambda seed: Samples(sample_options(args, seed)))
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    """Refuse sizes that the ViT cannot take."""
+    if args.dynamic_image_sizes and not FAMILY.is_rotary(args):
+        raise ConfigError(
+            "--dynamic-image-sizes: the ViT has learned positions for one size; add "
+            "--vision-rotary, or leave it out"
+        )
 
 
 def sample_options(args: argparse.Namespace, seed: int) -> SampleOptions:
@@ -67,18 +84,19 @@ def sample_options(args: argparse.Namespace, seed: int) -> SampleOptions:
         seed=seed,
         sequence_length=args.seq_length,
         vocabulary=args.vocab_size,
-        image_size=args.img_h,
-        patch_size=args.patch_dim,
+        image_size=(args.img_h, args.img_w),
+        pixels_per_token=args.patch_dim * args.spatial_merge_size,
         max_images=args.max_images,
         image_token=FAMILY.IMAGE_TOKEN,
-        merge_size=args.spatial_merge_size,
+        dynamic=args.dynamic_image_sizes,
+        position_axes=FAMILY.position_axes(args),
         mock=args.mock_data,
     )
 
 
 def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Any, Any]:
     """Megatron's forward step: one microbatch through one chunk, or through the whole model."""
-    batch = {name: one.cuda(non_blocking=True) for name, one in next(data_iterator).items()}
+    batch = on_device(next(data_iterator))
     return model(batch), partial(loss_of_tokens, batch)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,18 @@ def train(
             print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def on_device(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The microbatch's tensors, one per item or one for all, on this rank's device."""
+    return {
+        name: (
+            tuple(each.cuda(non_blocking=True) for each in one)
+            if isinstance(one, tuple)
+            else one.cuda(non_blocking=True)
+        )
+        for name, one in batch.items()
+    }
 
 
 def summed_loss(

@@ -9,34 +9,43 @@ that can be learned. With `--mock-data` images and text are random instead.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.models.positions import positions_in_space
 
 DIGITS = 10
 """The first tokens of the vocabulary are the digits."""
 
-Microbatch = Mapping[str, torch.Tensor]
+Microbatch = Mapping[str, Any]
+Size = tuple[int, int]
+"""Height and width."""
 _TEXT_ALONE = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleOptions:
-    """What samples look like; sizes in pixels and tokens."""
+    """What samples look like; sizes in pixels and tokens.
+
+    A token stands for a square of `pixels_per_token` by as many. Images are of `image_size`, or,
+    if `dynamic`, each of a size of its own up to that. A position has `position_axes` coordinates.
+    """
 
     seed: int
     sequence_length: int
     vocabulary: int
-    image_size: int
-    patch_size: int
+    image_size: Size
+    pixels_per_token: int
     max_images: int
     image_token: int
-    merge_size: int = 1
+    dynamic: bool = False
+    position_axes: int = 1
     mock: bool = False
 
     def __post_init__(self) -> None:
@@ -44,17 +53,25 @@ class SampleOptions:
             raise ConfigError(
                 f"--vocab-size {self.vocabulary}: the digits take {DIGITS} tokens; give more"
             )
-        taken = self.max_images * (self.tokens_per_image + 1)
+        rows, columns = self.grid(self.image_size)
+        taken = self.max_images * (rows * columns + 1)
         if taken > self.sequence_length:
             raise ConfigError(
                 f"--max-images {self.max_images}: take {taken} tokens and a sample has "
                 f"--seq-length {self.sequence_length}; give fewer images or a longer sequence"
             )
 
-    @property
-    def tokens_per_image(self) -> int:
-        """Tokens that stand for an image: its patches, folded `merge_size` by `merge_size`."""
-        return (self.image_size // self.patch_size // self.merge_size) ** 2
+    def grid(self, size: Size) -> Size:
+        """Rows and columns of the tokens that stand for an image of `size`."""
+        return size[0] // self.pixels_per_token, size[1] // self.pixels_per_token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Tokens [sequence_length + 1], and the images among them, [Y, X] each."""
+
+    tokens: torch.Tensor
+    images: Sequence[torch.Tensor]
 
 
 class Samples:
@@ -71,64 +88,89 @@ class Samples:
         """Samples `first` to ``first + count - 1``, side by side.
 
         Returns:
-            ``images`` fp32 [n, 3, Y, X]; ``tokens``, ``labels`` and ``position_ids`` int64 and
-            ``loss_mask`` fp32 [count, sequence_length].
+            ``images`` fp32 [n, 3, Y, X], or a tuple of [3, Y, X] where sizes are dynamic;
+            ``tokens`` and ``labels`` int64 and ``loss_mask`` fp32 [count, sequence_length];
+            ``position_ids`` int64, the same or [3, count, sequence_length].
         """
         made = [self._sample(number) for number in range(first, first + count)]
-        tokens = torch.from_numpy(np.stack([tokens for tokens, _ in made]))
-        images = np.concatenate([images for _, images in made])
+        tokens = torch.stack([one.tokens for one in made])
+        images = [image.repeat(3, 1, 1) for one in made for image in one.images]
         labels, is_image = tokens[:, 1:], tokens[:, 1:] == self._options.image_token
         return {
-            "images": torch.from_numpy(images)[:, None].repeat(1, 3, 1, 1),
+            "images": tuple(images) if self._options.dynamic else self._stacked(images),
             "tokens": tokens[:, :-1].contiguous(),
             # Nobody predicts the place of an image.
             "labels": labels.masked_fill(is_image, 0),
             "loss_mask": (~is_image).float(),
-            "position_ids": torch.arange(self._options.sequence_length).repeat(count, 1),
+            "position_ids": torch.stack([self._positions(one) for one in made], -2),
         }
 
-    def _sample(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Tokens [sequence_length + 1] and images [n, Y, X] of one sample."""
+    def _stacked(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(images) if images else torch.zeros(0, 3, *self._options.image_size)
+
+    def _positions(self, sample: Sample) -> torch.Tensor:
+        """[sequence_length], or [3, sequence_length]."""
+        if self._options.position_axes == 1:
+            return torch.arange(self._options.sequence_length)
+        grids = [self._options.grid((len(one), len(one[0]))) for one in sample.images]
+        return positions_in_space(sample.tokens[:-1], self._options.image_token, grids)
+
+    def _sample(self, number: int) -> Sample:
         options = self._options
         rng = np.random.default_rng((options.seed, number))
         most = 0 if rng.random() < _TEXT_ALONE else options.max_images
         count = int(rng.integers(0, most + 1))
-        images, digits = self._shown(rng, count)
+        images, digits = self._shown(rng, self._sizes(rng, count))
         tokens: list[int] = []
-        for digit in digits:
-            tokens += [options.image_token] * options.tokens_per_image + [int(digit)]
+        for image, digit in zip(images, digits, strict=True):
+            rows, columns = options.grid(image.shape)
+            tokens += [options.image_token] * (rows * columns) + [int(digit)]
         rest = options.sequence_length + 1 - len(tokens)
         if options.mock:
             text = rng.integers(0, options.vocabulary, rest)
         else:
             start, step = rng.integers(0, DIGITS), rng.integers(1, 4)
             text = (start + step * np.arange(rest)) % DIGITS
-        return np.concatenate([np.array(tokens, dtype=np.int64), text]), images
+        return Sample(
+            tokens=torch.from_numpy(np.concatenate([np.array(tokens, dtype=np.int64), text])),
+            images=[torch.from_numpy(one) for one in images],
+        )
+
+    def _sizes(self, rng: np.random.Generator, count: int) -> list[Size]:
+        options = self._options
+        if not options.dynamic:
+            return [options.image_size] * count
+        rows, columns = options.grid(options.image_size)
+        grids = rng.integers(1, (rows + 1, columns + 1), (count, 2))
+        return [(int(y), int(x)) for y, x in grids * options.pixels_per_token]
 
     def _shown(
-        self, rng: np.random.Generator, count: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        size = self._options.image_size
+        self, rng: np.random.Generator, sizes: Sequence[Size]
+    ) -> tuple[list[NDArray[np.float32]], NDArray[np.int64]]:
+        """Images of `sizes`, and the digits on them."""
+        count = len(sizes)
         if self._options.mock:
-            return (
-                rng.standard_normal((count, size, size), dtype=np.float32),
-                rng.integers(0, DIGITS, count),
-            )
-        images, digits = load_digits(size)
+            images = [rng.standard_normal(size, dtype=np.float32) for size in sizes]
+            return images, rng.integers(0, DIGITS, count)
+        drawn, digits = load_digits()
         chosen = rng.integers(0, len(digits), count)
-        return images[chosen], digits[chosen]
+        images = [stretch(drawn[one], size) for one, size in zip(chosen, sizes, strict=True)]
+        return images, digits[chosen]
 
 
 @functools.cache
-def load_digits(size: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """scikit-learn's digits as fp32 [n, size, size] of mean 0 and deviation 1, and what they show.
-
-    Every pixel of the 8 x 8 images is repeated as often as it takes.
-    """
+def load_digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """scikit-learn's digits as fp32 [n, 8, 8] of mean 0 and deviation 1, and what they show."""
     from sklearn import datasets
 
     source = datasets.load_digits()
-    place = np.arange(size) * 8 // size
-    images = source.images[:, place][:, :, place]
-    images = (images - images.mean()) / images.std()
+    images = (source.images - source.images.mean()) / source.images.std()
     return images.astype(np.float32), source.target.astype(np.int64)
+
+
+def stretch(image: NDArray[np.float32], size: Size) -> NDArray[np.float32]:
+    """An image whose pixels are repeated as often as `size` takes."""
+    rows, columns = (
+        np.arange(new) * old // new for new, old in zip(size, image.shape, strict=True)
+    )
+    return image[rows][:, columns]

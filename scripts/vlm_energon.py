@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.models.positions import positions_in_space
 from megatron_pipeweaver.plugin.energon import EnergonStream, read_state
 from megatron_pipeweaver.plugin.vision_language import VisionLanguage
 
@@ -54,17 +56,32 @@ _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 class PackingOptions:
     """What sequences look like; sizes in pixels and tokens.
 
-    `separator` ends every sample. `buffer` samples are looked through for those that fill a
-    sequence.
+    A token stands for a square of `pixels_per_token` by as many. Images become of `image_size`,
+    height and width, or, if `dynamic`, keep their shape and have at most as many pixels. A
+    position has `position_axes` coordinates. `separator` ends every sample. `buffer` samples are
+    looked through for those that fill a sequence.
     """
 
     sequence_length: int
-    image_size: int
-    tokens_per_image: int
+    image_size: tuple[int, int]
+    pixels_per_token: int
     image_token: int
     separator: int
     tokenize: Tokenize
+    dynamic: bool = False
+    position_axes: int = 1
     buffer: int = 64
+
+    def size_of(self, height: int, width: int) -> tuple[int, int]:
+        """What an image of so many pixels is resized to."""
+        if not self.dynamic:
+            return self.image_size
+        return fitted_size(height, width, self.pixels_per_token, math.prod(self.image_size))
+
+    def grid(self, image_CYX: Tensor) -> tuple[int, int]:
+        """Rows and columns of the tokens that stand for a resized image."""
+        _, height, width = image_CYX.shape
+        return height // self.pixels_per_token, width // self.pixels_per_token
 
 
 def byte_tokens(vocabulary: int) -> Tokenize:
@@ -90,10 +107,11 @@ class MixedSample(Sample):
 
 @edataclass
 class Document(Sample):
-    """A sample in tokens: `tokens` [n], and its images [k, 3, Y, X]."""
+    """A sample in tokens: `tokens` [n], their `positions` [n] or [3, n], images [3, Y, X] each."""
 
     tokens: Tensor
-    images: Tensor
+    positions: Tensor
+    images: list[Tensor]
 
 
 @edataclass
@@ -137,7 +155,7 @@ class PackingEncoder(TaskEncoder[Any, Any, Any, Any]):
 
     @stateless
     def encode_sample(self, sample: MixedSample) -> Document:
-        """Tokens, and images of the model's size; what is longer than a sequence is skipped."""
+        """Tokens, and resized images; what is longer than a sequence is skipped."""
         options = self._options
         tokens: list[int] = []
         images = []
@@ -145,16 +163,17 @@ class PackingEncoder(TaskEncoder[Any, Any, Any, Any]):
             if isinstance(part, str):
                 tokens += options.tokenize(part)
             else:
-                tokens += [options.image_token] * options.tokens_per_image
-                images.append(fit_image(part, options.image_size))
+                images.append(fit_image(part, options.size_of(*part.shape[-2:])))
+                tokens += [options.image_token] * math.prod(options.grid(images[-1]))
         tokens.append(options.separator)
         if len(tokens) > options.sequence_length:
             raise SkipSample(f"{sample.__key__}: has {len(tokens)} tokens")
-        size = options.image_size
+        positions = torch.arange(len(tokens))
+        if options.position_axes > 1:
+            grids = [options.grid(one) for one in images]
+            positions = positions_in_space(torch.tensor(tokens), options.image_token, grids)
         return Document.derive_from(
-            sample,
-            tokens=torch.tensor(tokens),
-            images=torch.stack(images) if images else torch.zeros(0, 3, size, size),
+            sample, tokens=torch.tensor(tokens), positions=positions, images=images
         )
 
     def select_samples_to_pack(self, samples: list[Document]) -> list[list[Document]]:
@@ -167,13 +186,10 @@ class PackingEncoder(TaskEncoder[Any, Any, Any, Any]):
         return PackedSample.derive_from(samples[0], documents=list(samples))
 
     @stateless
-    def batch(self, samples: list[PackedSample]) -> dict[str, Tensor]:
+    def batch(self, samples: list[PackedSample]) -> dict[str, Any]:
         """One sequence as a microbatch."""
         (sample,) = samples
-        options = self._options
-        return packed_microbatch(
-            sample.documents, options.sequence_length, options.image_token, options.separator
-        )
+        return packed_microbatch(sample.documents, self._options)
 
 
 def pack(documents: Sequence[Document], length: int) -> list[list[Document]]:
@@ -192,40 +208,68 @@ def pack(documents: Sequence[Document], length: int) -> list[list[Document]]:
     return sequences
 
 
-def packed_microbatch(
-    documents: Sequence[Document], length: int, image_token: int, padding: int
-) -> dict[str, Tensor]:
-    """Documents one behind the other, filled up to `length`.
+def packed_microbatch(documents: Sequence[Document], options: PackingOptions) -> dict[str, Any]:
+    """Documents one behind the other, filled up to a sequence's length.
 
     Returns:
-        ``images`` [n, 3, Y, X]; ``tokens``, ``labels``, ``position_ids``, ``loss_mask``
-        [1, length]; ``cu_seqlens`` int32, the borders of the documents and of what fills up. No
-        token predicts an image, the next document, or what fills up.
+        ``images`` [n, 3, Y, X], or a tuple of [3, Y, X] where sizes are dynamic; ``tokens``,
+        ``labels``, ``loss_mask`` [1, length]; ``position_ids`` the same or [3, 1, length];
+        ``cu_seqlens`` int32, the borders of the documents and of what fills up. No token predicts
+        an image, the next document, or what fills up.
     """
     sizes = [len(one.tokens) for one in documents]
-    rest = length - sum(sizes)
+    rest = options.sequence_length - sum(sizes)
     sizes += [rest] if rest else []
-    tokens = torch.cat([one.tokens for one in documents] + [torch.full((rest,), padding)])
+    filling = torch.full((rest,), options.separator)
+    tokens = torch.cat([*(one.tokens for one in documents), filling])
+    in_order = torch.arange(rest)
+    positions = torch.cat(
+        [*(one.positions for one in documents), in_order.expand(*_axes(options), rest)], -1
+    )
     ends = torch.tensor([0, *sizes]).cumsum(0)
     labels = torch.cat([tokens[1:], tokens[:1]])
-    predicts = labels != image_token
+    predicts = labels != options.image_token
     predicts[ends[1:] - 1] = False
-    predicts[length - rest :] = False
+    predicts[options.sequence_length - rest :] = False
+    images = [image for one in documents for image in one.images]
     return {
-        "images": torch.cat([one.images for one in documents]),
+        "images": tuple(images) if options.dynamic else _stacked(images, options.image_size),
         "tokens": tokens[None],
         "labels": labels.masked_fill(~predicts, 0)[None],
         "loss_mask": predicts.float()[None],
-        "position_ids": torch.cat([torch.arange(size) for size in sizes])[None],
+        "position_ids": positions.unsqueeze(-2),
         "cu_seqlens": ends.int(),
     }
 
 
-def fit_image(image_CYX: Tensor, size: int) -> Tensor:
-    """An image of any size, with values from 0 to 1, as the model takes it: [3, size, size]."""
+def _axes(options: PackingOptions) -> tuple[int, ...]:
+    return (options.position_axes,) if options.position_axes > 1 else ()
+
+
+def _stacked(images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    return torch.stack(list(images)) if images else torch.zeros(0, 3, *size)
+
+
+def fitted_size(height: int, width: int, side: int, most_pixels: int) -> tuple[int, int]:
+    """Multiples of `side` close to an image's shape that have at most `most_pixels` pixels.
+
+    `most_pixels` is at least ``side**2``.
+    """
+    scale = min(1.0, math.sqrt(most_pixels / (height * width)))
+    rows, columns = (max(1, round(scale * one / side)) for one in (height, width))
+    most = most_pixels // side**2
+    if rows * columns > most:
+        longer, shorter = max(rows, columns), min(rows, columns, math.isqrt(most))
+        longer = min(longer, most // shorter)
+        rows, columns = (longer, shorter) if rows >= columns else (shorter, longer)
+    return rows * side, columns * side
+
+
+def fit_image(image_CYX: Tensor, size: tuple[int, int]) -> Tensor:
+    """An image of any size, with values from 0 to 1, as the model takes it: [3, *size]."""
     colours = image_CYX.expand(3, -1, -1) if len(image_CYX) == 1 else image_CYX[:3]
     fitted = interpolate(
-        colours[None].float(), (size, size), mode="bilinear", antialias=True, align_corners=False
+        colours[None].float(), size, mode="bilinear", antialias=True, align_corners=False
     )[0]
     mean, deviation = (torch.tensor(one)[:, None, None] for one in (_MEAN, _DEVIATION))
     return (fitted - mean) / deviation
@@ -233,7 +277,7 @@ def fit_image(image_CYX: Tensor, size: int) -> Tensor:
 
 def make_loader(
     path: str, options: PackingOptions, workers: WorkerConfig, split: str
-) -> SavableDataLoader[dict[str, Tensor]]:
+) -> SavableDataLoader[dict[str, Any]]:
     """Microbatches of a split of the data set, one packed sequence each.
 
     Args:
@@ -305,10 +349,12 @@ def packing_options(args: argparse.Namespace, family: VisionLanguage) -> Packing
     plain = args.tokenizer_type == "NullTokenizer"
     return PackingOptions(
         sequence_length=args.seq_length,
-        image_size=args.img_h,
-        tokens_per_image=family.tokens_per_image(args),
+        image_size=(args.img_h, args.img_w),
+        pixels_per_token=args.patch_dim * args.spatial_merge_size,
         image_token=family.IMAGE_TOKEN,
         separator=get_tokenizer().eod,
         tokenize=byte_tokens(args.vocab_size) if plain else get_tokenizer().tokenize,
+        dynamic=args.dynamic_image_sizes,
+        position_axes=family.position_axes(args),
         buffer=args.packing_buffer,
     )

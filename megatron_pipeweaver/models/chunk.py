@@ -187,13 +187,12 @@ class ModelChunk(MegatronModule, abc.ABC):  # type: ignore[misc]
         return inputs[0]
 
 
-def run_block(block: Any, hidden_SBH: Tensor, rotation: Tensor | None = None) -> Tensor:
+def run_block(block: Any, hidden_SBH: Tensor, **known: Any) -> Tensor:
     """A transformer block that does not embed, on the output of the one in front of it.
 
-    `rotation` is what rotary position embeddings turn by, on any device.
+    `known` is what its layers are told beside, by Megatron's names.
     """
     block.set_input_tensor(hidden_SBH)
-    turned = None if rotation is None else rotation.to(hidden_SBH.device)
-    output: Tensor = block(hidden_states=None, attention_mask=None, rotary_pos_emb=turned)
+    output: Tensor = block(hidden_states=None, **{"attention_mask": None, **known})
     block.input_tensor = None
     return output

@@ -1,75 +1,152 @@
-"""Patches of an image: their places in a grid, and squares of them as one token."""
+"""Patches of images: those of a ViT of learned positions, and those of one that turns by place.
+
+The latter (Qwen2-VL) takes images of any size. In a pass, their patches stand image beside image
+where all have as many, else in one row, and attend to their own image alone:
+
+    4 and 4 patches:  a a a a      4 and 6 patches:  a a a a b b b b b b
+                      b b b b
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from megatron.core.transformer import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
+from torch.nn import functional
 
-from megatron_pipeweaver.models.chunk import ChunkSetting
-from megatron_pipeweaver.models.specs import vision_layer_spec
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.models.packing import block_mask, packed_sequences
 
+Grid = tuple[int, int]
+"""Rows and columns."""
 _BASE = 10_000.0
 
 
-class RotaryViTModel(MegatronModule):  # type: ignore[misc]
-    """The first chunk of a ViT without learned positions: patches, then layers (Qwen2-VL).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchRows:
+    """The patches of one pass's images, in the order in which they travel.
 
-    Half of a head's pairs turn by the row of a patch, half by its column.
-
-    Attributes:
-        conv1: makes patches of images, named as in Megatron's CLIP.
-        decoder: the chunk's layers.
+    Patches that become one token stand together: those of a square of `block` by `block`, row by
+    row, and square by square, row by row. `grids` are the images' rows and columns of patches.
     """
 
-    def __init__(self, setting: ChunkSetting) -> None:
-        super().__init__(config=setting.config)
-        module = setting.module
-        assert module.patch_size is not None  # VisionChunk has checked it
-        self._grid = setting.options.encoder(module.name).image_size // module.patch_size
-        self.conv1 = torch.nn.Conv2d(
-            module.image_channels,
-            module.hidden_size,
-            kernel_size=module.patch_size,
-            stride=module.patch_size,
-            bias=False,
+    grids: tuple[Grid, ...]
+    block: int
+
+    @classmethod
+    def of(cls, images: Sequence[Tensor], patch_size: int, block: int) -> PatchRows:
+        """Those of `images` [C, Y, X]; `ConfigError` where one cannot be cut into squares."""
+        side = patch_size * block
+        for number, image in enumerate(images):
+            height, width = image.shape[-2:]
+            if height % side or width % side or not height * width:
+                raise ConfigError(
+                    f"image {number} of a pass: {height} x {width} pixels cannot be cut into "
+                    f"squares of {side}; resize images to multiples of {side}"
+                )
+        sizes = (image.shape[-2:] for image in images)
+        return cls(
+            grids=tuple((height // patch_size, width // patch_size) for height, width in sizes),
+            block=block,
         )
-        self.decoder = TransformerBlock(
-            setting.config,
-            vision_layer_spec(setting.options),
-            pre_process=True,
-            post_process=setting.place.is_last,
-            pg_collection=setting.groups,
-            vp_stage=setting.place.segment,
-        )
 
-    def forward(self, images_BCYX: Tensor) -> Tensor:
-        """Images to the hidden states of their patches, row by row, [B, S, H]."""
-        patches_SBH = self.conv1(images_BCYX).flatten(2).permute(2, 0, 1).contiguous()
-        rotation = patch_rotation(self._grid, self.decoder.config.kv_channels)
-        output: Tensor = self.decoder(
-            patches_SBH, None, rotary_pos_emb=rotation.to(patches_SBH.device)
-        )
-        return output.permute(1, 0, 2)
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Patches of each image."""
+        return tuple(rows * columns for rows, columns in self.grids)
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether all images have as many patches."""
+        return len(set(self.lengths)) == 1
+
+    def arrange(self, images: Sequence[Tensor]) -> Tensor:
+        """What each image has per patch, [patches, ...], as one tensor [S, B, ...]."""
+        if self.side_by_side:
+            return torch.stack(tuple(images), 1)
+        return torch.cat(tuple(images)).unsqueeze(1)
+
+    def pixels(self, images: Sequence[Tensor]) -> Tensor:
+        """The patches of `images` [C, Y, X], channel by channel: [S, B, C * pixels]."""
+        return self.arrange([self._pixels(*one) for one in zip(images, self.grids, strict=True)])
+
+    def _pixels(self, image_CYX: Tensor, grid: Grid) -> Tensor:
+        channels, height, width = image_CYX.shape
+        rows, columns = (one // self.block for one in grid)
+        patch = height // grid[0], width // grid[1]
+        cut_up = image_CYX.view(channels, rows, self.block, patch[0], columns, self.block, patch[1])
+        return cut_up.permute(1, 4, 2, 5, 0, 3, 6).reshape(grid[0] * grid[1], -1)
+
+    def rotation(self, head_size: int) -> Tensor:
+        """The angles by which the channels of a head turn.
+
+        Returns:
+            fp32 ``[S, B, 1, head_size]``: a quarter of the channels by a patch's row, a quarter
+            by its column, and both again.
+        """
+        pairs = head_size // 4
+        speeds = 1.0 / _BASE ** (torch.arange(pairs, dtype=torch.float32) / pairs)
+        made = {grid: self._angles(grid, speeds) for grid in set(self.grids)}
+        return self.arrange([made[grid] for grid in self.grids]).unsqueeze(2)
+
+    def _angles(self, grid: Grid, speeds: Tensor) -> Tensor:
+        """[patches, 4 * speeds]."""
+        rows, columns = (torch.arange(one, dtype=torch.float32) for one in grid)
+        places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))  # as a two-channel image
+        half = (self._pixels(places, grid).unsqueeze(-1) * speeds).flatten(1)
+        return torch.cat([half, half], -1)
+
+    def attention(self, head_size: int, device: torch.device, *, fused: bool) -> dict[str, Any]:
+        """What Megatron's layers must know of the patches, by the name of their argument.
+
+        Args:
+            head_size: channels of a head.
+            device: where the layers are.
+            fused: whether their kernel takes the images' borders; else it takes a mask.
+        """
+        mask = packed = None
+        if not self.side_by_side and fused:
+            packed = packed_sequences(self.lengths, device)
+        elif not self.side_by_side:
+            mask = block_mask(self.lengths, self.lengths, device)
+        return {
+            "attention_mask": mask,
+            "packed_seq_params": packed,
+            "rotary_pos_emb": self.rotation(head_size).to(device),
+        }
+
+    def fold(self, hidden_SBH: Tensor) -> Tensor:
+        """Squares of patches side by side in one token, ``[S / block**2, B, block**2 * H]``."""
+        count = self.block**2
+        size_S, size_B, size_H = hidden_SBH.shape
+        squares = hidden_SBH.view(size_S // count, count, size_B, size_H)
+        return squares.transpose(1, 2).reshape(size_S // count, size_B, count * size_H)
 
 
-def patch_rotation(grid: int, head_size: int) -> Tensor:
-    """The angles by which the channels of a head turn, for every patch of a square grid.
+class PatchEmbedding(torch.nn.Conv2d):
+    """Embeds the patches of images of any size; its parameters are those of a convolution.
 
-    Returns:
-        fp32 ``[grid * grid, 1, 1, head_size]``, patches row by row: a quarter of the channels by
-        row, a quarter by column, and both again.
+    Args:
+        channels: of a patch. It may span several frames, each of them an image's channels; an
+            image stands still in all of them.
+        hidden_size: of an embedding.
+        patch_size: height and width of a patch.
     """
-    pairs = head_size // 4
-    speeds = 1.0 / _BASE ** (torch.arange(pairs, dtype=torch.float32) / pairs)
-    angles = torch.outer(torch.arange(grid, dtype=torch.float32), speeds)
-    rows = angles[:, None, :].expand(grid, grid, pairs)
-    columns = angles[None, :, :].expand(grid, grid, pairs)
-    half = torch.cat([rows, columns], -1).reshape(grid * grid, 1, 1, 2 * pairs)
-    return torch.cat([half, half], -1)
+
+    def __init__(self, channels: int, hidden_size: int, patch_size: int) -> None:
+        super().__init__(
+            channels, hidden_size, kernel_size=patch_size, stride=patch_size, bias=False
+        )
+
+    def forward(self, images: Sequence[Tensor], rows: PatchRows) -> Tensor:  # type: ignore[override]
+        """Images [C, Y, X], whose patches stand as `rows` says, to [S, B, H]."""
+        size_H, _, *patch = self.weight.shape
+        still_HCYX = self.weight.view(size_H, images[0].shape[0], -1, *patch).sum(2)
+        return functional.linear(rows.pixels(images).to(still_HCYX.dtype), still_HCYX.flatten(1))
 
 
 def fold_patches(hidden_SBH: Tensor, patches_per_token: int) -> Tensor:
@@ -82,7 +159,7 @@ def fold_patches(hidden_SBH: Tensor, patches_per_token: int) -> Tensor:
 
     Returns:
         The blocks row by row, ``[S / patches_per_token, B, patches_per_token * H]``; inside a
-        token, its patches row by row (Qwen2-VL's patch merger).
+        token, its patches row by row.
     """
     size_S, size_B, size_H = hidden_SBH.shape
     side, block = math.isqrt(size_S), math.isqrt(patches_per_token)

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.lmm import ModuleSpec
 from megatron_pipeweaver.models.chunk import ChunkSetting, ModelChunk, run_block
-from megatron_pipeweaver.models.patches import RotaryViTModel, fold_patches, patch_rotation
+from megatron_pipeweaver.models.patches import PatchEmbedding, PatchRows, fold_patches
 from megatron_pipeweaver.models.projector import build_projector
 from megatron_pipeweaver.models.specs import uses_transformer_engine, vision_layer_spec
 from megatron_pipeweaver.models.strategy import StrategyLayer
@@ -36,13 +36,12 @@ class VisionChunk(ModelChunk):
         self._model_name = f"{module.name}_model"
         self._projection_name = f"{module.name}_projection"
         self._key = setting.options.encoder(module.name).images
-        build = _first_model if place.is_first else _later_model
+        build = _first_model if place.is_first else _block_model
         self.add_module(self._model_name, build(setting))
         self._folded = module.patches_per_token if place.is_last else 1
         self._class_tokens = int(setting.options.class_token and place.is_last)
         self._rotary = is_rotary(module)
-        image_size = setting.options.encoder(module.name).image_size
-        self._grid = image_size // (module.patch_size or 1)
+        self._fused = uses_transformer_engine(setting.options)
         if place.is_last and module.output_size is not None:
             projector = build_projector(module, setting.options, setting.groups)
             self.add_module(self._projection_name, projector)
@@ -64,31 +63,48 @@ class VisionChunk(ModelChunk):
 
     def run(self, batch: Mapping[str, Any], inputs: tuple[Tensor, ...], items: slice) -> Tensor:
         """Images, or the hidden states of the stage in front, to hidden states [S, B, H]."""
-        if self.place.is_first:
-            images_BCYX = self._images(batch, items)
-            hidden_SBH = self._model(images_BCYX).permute(1, 0, 2).contiguous()
-        else:
-            rotation = self._rotation() if self._rotary else None
-            hidden_SBH = run_block(self._model.decoder, self.only_input(inputs), rotation)
-        if self._class_tokens:
-            hidden_SBH = hidden_SBH[self._class_tokens :].contiguous()
-        if self._folded > 1:
-            hidden_SBH = fold_patches(hidden_SBH, self._folded)
+        run = self._run_rotary if self._rotary else self._run_learned
+        hidden_SBH = run(batch, inputs, items)
         projector = getattr(self, self._projection_name, None)
         output: Tensor = hidden_SBH if projector is None else projector(hidden_SBH)
         return output
 
-    def _rotation(self) -> Tensor:
-        return patch_rotation(self._grid, self._model.decoder.config.kv_channels)
+    def _run_learned(
+        self, batch: Mapping[str, Any], inputs: tuple[Tensor, ...], items: slice
+    ) -> Tensor:
+        """Layers whose patches know their place by learned positions; images have one size."""
+        if self.place.is_first:
+            images_BCYX = self._images(batch, items).to(self._model.conv1.weight.dtype)
+            hidden_SBH = self._model(images_BCYX).permute(1, 0, 2).contiguous()
+        else:
+            hidden_SBH = run_block(self._model.decoder, self.only_input(inputs))
+        if self._class_tokens:
+            hidden_SBH = hidden_SBH[self._class_tokens :].contiguous()
+        return fold_patches(hidden_SBH, self._folded) if self._folded > 1 else hidden_SBH
 
-    def _images(self, batch: Mapping[str, Any], items: slice) -> Tensor:
+    def _run_rotary(
+        self, batch: Mapping[str, Any], inputs: tuple[Tensor, ...], items: slice
+    ) -> Tensor:
+        """Layers whose patches turn by their place; images have sizes of their own."""
+        images = self._images(batch, items)
+        module, decoder = self.module_spec, self._model.decoder
+        rows = PatchRows.of(images, module.patch_size or 1, math.isqrt(module.patches_per_token))
+        if self.place.is_first:
+            hidden_SBH = self._model.conv1(images, rows)
+        else:
+            hidden_SBH = self.only_input(inputs)
+        known = rows.attention(decoder.config.kv_channels, hidden_SBH.device, fused=self._fused)
+        output = run_block(decoder, hidden_SBH, **known)
+        return rows.fold(output) if self._folded > 1 else output
+
+    def _images(self, batch: Mapping[str, Any], items: slice) -> Any:
+        """The pass's images: [B, C, Y, X], or one [C, Y, X] each."""
         if batch.get(self._key) is None:
             raise ConfigError(
                 f"chunk {self.place.module}{self.place.stage}: the microbatch has no "
                 f"{self._key!r}; a microbatch without images has no vision pass"
             )
-        images: Tensor = batch[self._key][items]
-        return images.to(self._model.conv1.weight.dtype)
+        return batch[self._key][items]
 
 
 def is_rotary(module: ModuleSpec) -> bool:
@@ -100,19 +116,29 @@ def _first_model(setting: ChunkSetting) -> Any:
     """Megatron's CLIP ViT, or one of rotary positions, with the chunk's layers."""
     module, options = setting.module, setting.options
     image_size = options.encoder(module.name).image_size
-    if module.patch_size is None or image_size % module.patch_size:
+    block = math.isqrt(module.patches_per_token)
+    if block * block != module.patches_per_token:
+        raise ConfigError(
+            f"module {module.name!r}: patches_per_token {module.patches_per_token} is no square; "
+            "choose 1, 4, 9, ..."
+        )
+    if module.patch_size is None:
+        raise ConfigError(f"module {module.name!r}: a ViT needs a patch_size")
+    if is_rotary(module):
+        if setting.config.kv_channels % 4:
+            raise ConfigError(
+                f"module {module.name!r}: heads are {setting.config.kv_channels} wide, and patches "
+                "turn pairs by row and by column; choose a multiple of 4"
+            )
+        model = _block_model(setting)
+        model.conv1 = PatchEmbedding(module.image_channels, module.hidden_size, module.patch_size)
+        return model
+    if image_size % (module.patch_size * block):
         raise ConfigError(
             f"module {module.name!r}: image_size {image_size} is not a multiple of "
-            f"patch_size {module.patch_size}"
+            f"{module.patch_size * block}, patch_size {module.patch_size} times the {block} "
+            "patches of a token's side"
         )
-    side, block = image_size // module.patch_size, math.isqrt(module.patches_per_token)
-    if block * block != module.patches_per_token or side % block:
-        raise ConfigError(
-            f"module {module.name!r}: patches_per_token {module.patches_per_token} does not divide "
-            f"{side} x {side} patches into squares; choose the square of a divisor of {side}"
-        )
-    if is_rotary(module):
-        return RotaryViTModel(setting)
     norm = {} if uses_transformer_engine(options) else {"ln_pre_impl": WrappedTorchNorm}
     model = CLIPViTModel(
         setting.config,
@@ -137,7 +163,7 @@ def _first_model(setting: ChunkSetting) -> Any:
     return model
 
 
-def _later_model(setting: ChunkSetting) -> Any:
+def _block_model(setting: ChunkSetting) -> Any:
     """A block of layers under the name that it has in the whole ViT."""
     model = MegatronModule(config=setting.config)
     model.decoder = TransformerBlock(

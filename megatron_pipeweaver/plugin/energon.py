@@ -47,7 +47,7 @@ class EnergonStream:
     one of them.
 
     Args:
-        make: makes the loader, of batches that are mappings of tensors.
+        make: makes the loader, of batches that are mappings.
         state: where to go on; at the beginning, if `None`.
     """
 
@@ -58,12 +58,12 @@ class EnergonStream:
         self._start = state
         self._reading: tuple[SavableDataLoader[Any], Iterator[Any]] | None = None
 
-    def __iter__(self) -> Iterator[Mapping[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
         return self
 
-    def __next__(self) -> Mapping[str, torch.Tensor]:
+    def __next__(self) -> Mapping[str, Any]:
         _, batches = self._opened()
-        batch: Mapping[str, torch.Tensor] = next(batches)
+        batch: Mapping[str, Any] = next(batches)
         return batch
 
     def save_state(self) -> LoaderState:

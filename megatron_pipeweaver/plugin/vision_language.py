@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, final
@@ -24,8 +26,9 @@ VISION, LANGUAGE = "vision", "language"
 class VisionLanguage(ChunkFamily):
     """A ViT and a language model.
 
-    Microbatches hold ``images`` [items, C, Y, X], and ``tokens``, ``labels``, ``loss_mask`` and
-    ``position_ids`` [B, S], an image's place in the tokens filled with `IMAGE_TOKEN`.
+    Microbatches hold ``images``, a tensor [items, C, Y, X] or one [C, Y, X] each, and ``tokens``,
+    ``labels``, ``loss_mask`` and ``position_ids`` [B, S], an image's place in the tokens filled
+    with `IMAGE_TOKEN`. Under M-RoPE, ``position_ids`` are [3, B, S] (`models.positions`).
     """
 
     IMAGE_TOKEN = DEFAULT_IMAGE_TOKEN_INDEX
@@ -43,18 +46,17 @@ class VisionLanguage(ChunkFamily):
                 f"{flag} is missing; give --encoder-num-layers for the ViT and "
                 "--decoder-num-layers for the language model"
             )
-        if args.img_h != args.img_w:
-            raise ConfigError(
-                f"--img-h {args.img_h} --img-w {args.img_w}: chunks take square images; "
-                "give both the same size"
-            )
-        if args.hf_model is not None:
-            return hugging_face_spec(args, read_model(args.hf_model, args.img_h))
-        return ModelSpec(name="vlm", modules=(_vision_spec(args), _language_spec(args)))
+        imported = _imported(args)
+        if imported is not None:
+            spec = hugging_face_spec(args, imported)
+        else:
+            spec = ModelSpec(name="vlm", modules=(_vision_spec(args), _language_spec(args)))
+        _check_images(args, rotary=bool(spec.module(VISION).layer.rotary))
+        return spec
 
     def typical(self, args: argparse.Namespace) -> MicrobatchMetadata:
-        """A microbatch whose samples show half of the images that they may."""
-        item = self._item(args)
+        """A microbatch whose samples show half of the images that they may, in full size."""
+        item = _item(args, args.img_h, args.img_w)
         images = max(1, args.max_images * args.micro_batch_size // 2)
         return MicrobatchMetadata(
             sequence_length=args.seq_length,
@@ -64,16 +66,16 @@ class VisionLanguage(ChunkFamily):
 
     def describe(self, args: argparse.Namespace) -> DescribeMicrobatch:
         """Reads shapes."""
-        item = self._item(args)
+        item = functools.cache(functools.partial(_item, args))
 
         def read(microbatch: Mapping[str, Any]) -> MicrobatchMetadata:
             samples, length = microbatch["tokens"].shape
-            images = len(microbatch["images"])
+            images = tuple(item(*one.shape[-2:]) for one in microbatch["images"])
             documents = microbatch.get("cu_seqlens")
             return MicrobatchMetadata(
                 sequence_length=length,
                 samples=samples,
-                items={VISION: (item,) * images} if images else {},
+                items={VISION: images} if images else {},
                 document_lengths=() if documents is None else tuple(documents.diff().tolist()),
             )
 
@@ -84,31 +86,71 @@ class VisionLanguage(ChunkFamily):
         plain = {"sequence_parallel": False, "context_parallel_size": 1, "tp_comm_overlap": False}
         # A projector has no heads; Megatron wants as many as tensor-parallel ranks.
         heads = {"num_attention_heads": args.tensor_model_parallel_size}
+        # Fused rotary embeddings count every packed sequence from 0.
+        unfused = {"apply_rope_fusion": False}
         overrides: Mapping[str, Mapping[str, Any]] = {
-            VISION: plain,
+            VISION: {**plain, **unfused},
             f"{VISION}_projection": {**plain, **heads},
-            LANGUAGE: {"kv_channels": args.kv_channels},
+            LANGUAGE: {
+                "kv_channels": args.kv_channels,
+                **(unfused if self.position_axes(args) > 1 else {}),
+            },
         }
         options = replace(model_options(args, overrides), image_token_id=self.IMAGE_TOKEN)
-        if args.hf_model is None:
+        imported = _imported(args)
+        if imported is None:
             return options
-        theirs = read_model(args.hf_model, args.img_h).options
+        theirs = imported.options
         return replace(
             options,
             class_token=theirs.class_token,
+            position_embedding=theirs.position_embedding,
             rotary_base=theirs.rotary_base,
             overrides={name: {**one, **theirs.overrides[name]} for name, one in overrides.items()},
         )
 
-    def tokens_per_image(self, args: argparse.Namespace) -> int:
-        """Tokens of the language model that stand for one image."""
-        return self._item(args).tokens
+    def position_axes(self, args: argparse.Namespace) -> int:
+        """Of a token's position: 3 under M-RoPE, else 1."""
+        imported = _imported(args)
+        kind = (
+            args.position_embedding_type
+            if imported is None
+            else imported.options.position_embedding
+        )
+        return 3 if kind == "mrope" else 1
 
-    @staticmethod
-    def _item(args: argparse.Namespace) -> Item:
-        patches = (args.img_h // args.patch_dim) ** 2
-        class_tokens = int(args.hf_model is not None)
-        return Item(units=patches + class_tokens, tokens=patches // args.spatial_merge_size**2)
+    def is_rotary(self, args: argparse.Namespace) -> bool:
+        """Whether patches turn by their place, so that images may have any size."""
+        return bool(self.spec(args).module(VISION).layer.rotary)
+
+
+def _imported(args: argparse.Namespace) -> HuggingFaceModel | None:
+    """The model of ``--hf-model``, if it is given."""
+    return None if args.hf_model is None else read_model(args.hf_model, args.img_h)
+
+
+def _item(args: argparse.Namespace, height: int, width: int) -> Item:
+    """An image of so many pixels."""
+    patches = (height // args.patch_dim) * (width // args.patch_dim)
+    imported = _imported(args)
+    class_tokens = int(imported is not None and imported.options.class_token)
+    return Item(units=patches + class_tokens, tokens=patches // args.spatial_merge_size**2)
+
+
+def _check_images(args: argparse.Namespace, *, rotary: bool) -> None:
+    """Refuse images that the ViT cannot take."""
+    given = f"--img-h {args.img_h} --img-w {args.img_w}"
+    if args.img_h != args.img_w and not rotary:
+        raise ConfigError(
+            f"{given}: a ViT of learned positions takes square images; give both the same size, "
+            "or --vision-rotary"
+        )
+    side = args.patch_dim * args.spatial_merge_size
+    if args.img_h % side or args.img_w % side:
+        raise ConfigError(
+            f"{given}: must be multiples of {side}, which is --patch-dim {args.patch_dim} times "
+            f"--spatial-merge-size {args.spatial_merge_size}"
+        )
 
 
 def add_vision_language_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -131,8 +173,14 @@ def add_vision_language_arguments(parser: argparse.ArgumentParser) -> argparse.A
     group.add_argument(
         "--hf-model",
         metavar="FOLDER",
-        help="The model of a Hugging Face LLaVA checkpoint, whose sizes the other flags must have; "
-        "its weights come from --load, imported by scripts/import_hf.py.",
+        help="The model of a Hugging Face LLaVA or Qwen2-VL checkpoint, whose sizes the other "
+        "flags must have; its weights come from --load, imported by scripts/import_hf.py.",
+    )
+    group.add_argument(
+        "--vision-rotary",
+        action="store_true",
+        help="Patches know their place by rotary embeddings of their row and column, as in "
+        "Qwen2-VL, so that images may have any size. Else by learned positions, as in CLIP.",
     )
     group.add_argument("--freeze-ViT", action="store_true", help="Do not train the ViT.")
     group.add_argument(
@@ -147,16 +195,11 @@ def hugging_face_spec(args: argparse.Namespace, model: HuggingFaceModel) -> Mode
     Raises:
         ConfigError: an argument says otherwise than the checkpoint.
     """
-    if model.architecture != "llava":
-        raise ConfigError(
-            f"--hf-model {args.hf_model}: holds a {model.architecture}, whose positions in three "
-            "axes this script's data has not; build it from PipeWeaver's chunks"
-        )
     vision, language = model.spec.modules
     for name, wanted in {
         "encoder_num_layers": vision.layers,
         "patch_dim": vision.patch_size,
-        "spatial_merge_size": 1,
+        "spatial_merge_size": math.isqrt(vision.patches_per_token),
         "decoder_num_layers": language.layers,
         "hidden_size": language.hidden_size,
         "ffn_hidden_size": language.ffn_hidden_size,
@@ -198,6 +241,7 @@ def _vision_spec(args: argparse.Namespace) -> ModuleSpec:
         projector_hidden_size=args.ffn_hidden_size,
         patch_size=args.patch_dim,
         patches_per_token=args.spatial_merge_size**2,
+        layer=LayerOptions(rotary=args.vision_rotary or None),
     )
 
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.distributed.harness import run_on_ranks
 from tests.distributed.jobs import CONFIG, RUNS
@@ -34,6 +35,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     pytest.importorskip("tensorboard", reason="Megatron writes numbers with it")
     directory = tmp_path_factory.mktemp("jobs")
     (directory / "pipeweaver.json").write_text(CONFIG)
+    make_qwen2_vl(directory)
     found = run_on_ranks(
         train,
         4,
@@ -43,3 +45,12 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
         environment=ENVIRONMENT,
     )
     return Jobs(heard=found[-1], directory=directory)
+
+
+def make_qwen2_vl(directory: Path) -> None:
+    """A small Qwen2-VL of random weights, and what is imported of it."""
+    from megatron_pipeweaver.plugin.import_hf import import_checkpoint
+    from tests.unit.models.checkpoints import qwen2_vl, save_random
+
+    theirs = save_random(qwen2_vl(tie_word_embeddings=True), directory / "qwen2_vl")
+    import_checkpoint(theirs, directory / "qwen2_vl-imported", torch.float32)

@@ -126,4 +126,33 @@ LLAVA: Mapping[str, Run] = {
     }.items()
     if layout != "PP 4" or not more
 }
-RUNS: Mapping[str, Run] = {**PLAIN, **IMAGES, **TEXT, **RESUMED, **DUTIES, **LLAVA}
+QWEN_SIZES = shlex.split(
+    "--encoder-num-layers 3 --decoder-num-layers 3 --hidden-size 32 --ffn-hidden-size 48 "
+    "--img-h 16 --img-w 24 --patch-dim 4 --spatial-merge-size 2 --seq-length 48 "
+    "--dynamic-image-sizes --ckpt-format torch_dist"
+)
+QWEN_IMPORTED = [*QWEN_SIZES, "--hf-model", "{directory}/qwen2_vl"]
+QWEN_LOADED = [*QWEN_IMPORTED, "--load", "{directory}/qwen2_vl-imported"]
+"""What stands in both folders comes from `conftest`."""
+QWEN_LIKE = [
+    *QWEN_SIZES,
+    *shlex.split("--vision-rotary --position-embedding-type mrope --mrope-section 1 1 2"),
+]
+QWEN_TWO = pipeline(2, *OVERLAP, "--pipeweaver-deterministic")
+QWEN: Mapping[str, Run] = {
+    name: Run(flags=flags, iterations=4)
+    for name, flags in {
+        "qwen, plain": QWEN_LOADED,
+        "qwen, PP 2": [
+            *(*QWEN_LOADED, *QWEN_TWO, "--save", "{directory}/qwen-trained"),
+            *("--save-interval", "2"),
+        ],
+        "qwen, resumed": [
+            *(*QWEN_IMPORTED, *QWEN_TWO, "--load", "{directory}/qwen-trained"),
+            *("--ckpt-step", "2"),
+        ],
+        "qwen-like, plain": QWEN_LIKE,
+        "qwen-like, PP 4": [*QWEN_LIKE, *pipeline(4)],
+    }.items()
+}
+RUNS: Mapping[str, Run] = {**PLAIN, **IMAGES, **TEXT, **RESUMED, **DUTIES, **LLAVA, **QWEN}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.rerun_state_machine import RerunStateMachine, get_rerun_state_machine
@@ -79,6 +80,17 @@ class Heard:
     exit_code: int | None = None
     reruns: list[str] = field(default_factory=list)
     wandb: dict[str, list[float]] = field(default_factory=dict)
+
+
+def close(found: Heard, expected: Heard, *, since: int = 1) -> None:
+    """`found` has the losses of `expected`, every one from iteration `since` on."""
+    numbers = [one for one in expected.losses if one >= since]
+    assert list(found.losses) == numbers
+    for iteration in numbers:
+        loss, norm = expected.losses[iteration], expected.grad_norms[iteration]
+        assert found.losses[iteration] == pytest.approx(loss, rel=1e-5, abs=0), iteration
+        assert found.grad_norms[iteration] == pytest.approx(norm, rel=1e-4, abs=0), iteration
+    assert found.evaluated == pytest.approx(expected.evaluated, rel=1e-5, abs=0)
 
 
 def train(ctx: RankContext, runs: Mapping[str, Run], directory: Path) -> dict[str, Heard]:

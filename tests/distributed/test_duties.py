@@ -14,8 +14,7 @@ from megatron_pipeweaver.ir.codec import problem_from_json, schedule_from_json, 
 from tests.distributed.conftest import Jobs
 from tests.distributed.harness import RankContext, run_on_ranks
 from tests.distributed.jobs import pipeline
-from tests.distributed.pretraining import ENVIRONMENT, Heard, Run, start
-from tests.distributed.test_pretrain import close
+from tests.distributed.pretraining import ENVIRONMENT, Heard, Run, close, start
 
 pytestmark = pytest.mark.timeout(900)  # whoever asks first waits for all jobs
 

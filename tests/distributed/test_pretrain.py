@@ -6,20 +6,9 @@ import pytest
 
 from tests.distributed.conftest import Jobs
 from tests.distributed.jobs import IMAGES, LLAVA, TEXT
-from tests.distributed.pretraining import Heard
+from tests.distributed.pretraining import close
 
 pytestmark = pytest.mark.timeout(900)  # whoever asks first waits for all jobs
-
-
-def close(found: Heard, expected: Heard, *, since: int = 1) -> None:
-    """`found` has the losses of `expected`, every one from iteration `since` on."""
-    numbers = [one for one in expected.losses if one >= since]
-    assert list(found.losses) == numbers
-    for iteration in numbers:
-        loss, norm = expected.losses[iteration], expected.grad_norms[iteration]
-        assert found.losses[iteration] == pytest.approx(loss, rel=1e-5, abs=0), iteration
-        assert found.grad_norms[iteration] == pytest.approx(norm, rel=1e-4, abs=0), iteration
-    assert found.evaluated == pytest.approx(expected.evaluated, rel=1e-5, abs=0)
 
 
 @pytest.mark.parametrize("name", [*IMAGES, *TEXT])

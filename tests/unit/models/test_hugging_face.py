@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,94 +20,37 @@ from megatron_pipeweaver.models.hugging_face_weights import (
     by_group,
     load_parameters,
 )
+from megatron_pipeweaver.models.positions import positions_in_space
+from tests.unit.models.checkpoints import (
+    IMAGE,
+    TEXT,
+    llava,
+    qwen2_vl,
+    qwen2_vl_logits,
+    save_random,
+)
 from tests.unit.models.examples import Model, cut, vision_language
-
-transformers = pytest.importorskip("transformers")
-
-IMAGE = 60
-TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-
-
-def llava(text: str) -> Any:
-    config = transformers.LlavaConfig(
-        vision_config={
-            "model_type": "clip_vision_model",
-            "hidden_size": 24,
-            "intermediate_size": 40,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 3,
-            "image_size": 8,
-            "patch_size": 4,
-        },
-        text_config={"model_type": text, **TEXT},
-        image_token_index=IMAGE,
-    )
-    return transformers.LlavaForConditionalGeneration(config)
-
-
-def qwen2_vl(**changed: Any) -> Any:
-    config = transformers.Qwen2VLConfig(
-        vision_config={
-            "depth": 3,
-            "embed_dim": 24,
-            "num_heads": 3,
-            "mlp_ratio": 2,
-            "patch_size": 4,
-            "hidden_size": 32,
-        },
-        text_config={
-            **TEXT,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [1, 1, 2],
-            },
-        },
-        image_token_id=IMAGE,
-        video_token_id=61,
-        vision_start_token_id=62,
-        vision_end_token_id=63,
-        **changed,
-    )
-    return transformers.Qwen2VLForConditionalGeneration(config)
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Any:
-    """Saves a model of random weights whose norms and biases are no ones and zeros either."""
-
-    def save(model: Any) -> Path:
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for one in model.parameters():
-                one.copy_(torch.randn(one.shape, generator=generator) * 0.2 + (one.dim() == 1))
-        model.eval().save_pretrained(tmp_path / "checkpoint")
-        return tmp_path / "checkpoint"
-
-    return save
+    """Saves a model of random weights."""
+    return partial(save_random, folder=tmp_path / "checkpoint")
 
 
-def imported(folder: Path, groups: Any, image_size: int | None = None) -> Model:
+def imported(folder: Path, groups: Any) -> Model:
     """The checkpoint in chunks on two ranks, two segments a module."""
-    model = read_model(folder, image_size)
+    model = read_model(folder)
     layers = {one.name: [one.layers - 2, 1, 1, 0] for one in model.spec.modules}
     made = Model(model.spec, cut(2, **layers), groups, model.options)
     load_parameters(made.chunks, model, SafetensorsFolder(folder))
     return made
 
 
-def tokens_around(count: int, images: int) -> torch.Tensor:
-    """Text with `images` runs of `count` image tokens in it."""
+def tokens_around(*counts: int) -> torch.Tensor:
+    """Text with runs of so many image tokens in it."""
     text = [5, 7]
-    for one in range(images):
+    for one, count in enumerate(counts):
         text += [*[IMAGE] * count, 9 + one, 3]
     return torch.tensor([[*text, 11, 2]])
 
@@ -115,7 +59,7 @@ def tokens_around(count: int, images: int) -> torch.Tensor:
 def test_llava_has_the_logits_of_transformers(text: str, saved: Any, groups: Any) -> None:
     theirs = llava(text)
     ours = imported(saved(theirs), groups)
-    tokens = tokens_around(4, 2)
+    tokens = tokens_around(4, 4)
     images = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         expected = theirs(input_ids=tokens, pixel_values=images).logits
@@ -124,39 +68,42 @@ def test_llava_has_the_logits_of_transformers(text: str, saved: Any, groups: Any
     assert expected.std() > 0.1
 
 
+SIZES = {
+    "one size": [(16, 16), (16, 16)],
+    "as many patches in another shape": [(8, 32), (16, 16), (32, 8)],
+    "sizes of their own": [(8, 24), (16, 16), (24, 16), (8, 8)],
+}
+
+
 @pytest.mark.parametrize("tied", [False, True])
-def test_qwen2_vl_has_the_logits_of_transformers(tied: bool, saved: Any, groups: Any) -> None:
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_qwen2_vl_has_the_logits_of_transformers(
+    sizes: list[tuple[int, int]], tied: bool, saved: Any, groups: Any
+) -> None:
     theirs = qwen2_vl(tie_word_embeddings=tied)
-    ours = imported(saved(theirs), groups, image_size=16)
-    tokens = tokens_around(4, 2)
-    images = torch.randn(2, 3, 16, 16)
-    grid = torch.tensor([[1, 4, 4]] * 2)
-    is_image = (tokens == IMAGE).int()
+    ours = imported(saved(theirs), groups)
+    images = tuple(torch.randn(3, *size) for size in sizes)
+    grids = [(height // 8, width // 8) for height, width in sizes]
+    tokens = tokens_around(*(rows * columns for rows, columns in grids))
+    expected, positions = qwen2_vl_logits(theirs, tokens, images)
+    batch = {"tokens": tokens, "images": images}
+    assert torch.equal(positions_in_space(tokens[0], IMAGE, grids), positions[:, 0])
     with torch.no_grad():
-        expected = theirs(
-            input_ids=tokens,
-            pixel_values=processed(images),
-            image_grid_thw=grid,
-            mm_token_type_ids=is_image,
-        ).logits
-        positions, _ = theirs.model.get_rope_index(tokens, is_image, grid)
-        # Each frame of a patch is a channel of its own, beside that of the same colour.
-        frames = images.repeat_interleave(2, 1)
-        found = ours.run({"tokens": tokens, "images": frames, "position_ids": positions}, 1)
-        in_order = ours.run({"tokens": tokens, "images": frames})
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        found = [ours.run({**batch, "position_ids": positions}, count) for count in (1, 2, 4)]
+        in_order = ours.run(batch)
+    for one in found:
+        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)
     assert expected.std() > 0.1
     assert not torch.allclose(in_order, expected, rtol=1e-2, atol=1e-2)
 
 
-def processed(images: torch.Tensor, patch: int = 4, merge: int = 2) -> torch.Tensor:
-    """Images as Qwen2-VL's processor lays them out: patch by patch, block by block, two frames."""
-    count, colours, height, width = images.shape
-    frames = images[:, None].expand(count, 2, colours, height, width)
-    rows, columns = height // patch // merge, width // patch // merge
-    cut_up = frames.reshape(count, 2, colours, rows, merge, patch, columns, merge, patch)
-    ordered = cut_up.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return ordered.reshape(-1, colours * 2 * patch * patch)
+def test_an_image_is_a_clip_that_stands_still(saved: Any, groups: Any) -> None:
+    ours = imported(saved(qwen2_vl()), groups)
+    images = torch.randn(2, 3, 16, 16)
+    batch = {"tokens": tokens_around(4, 4), "images": images}
+    # Each frame of a patch is a channel of its own, beside that of the same colour.
+    moving = {**batch, "images": images.repeat_interleave(2, 1)}
+    torch.testing.assert_close(ours.run(moving), ours.run(batch), rtol=1e-5, atol=1e-5)
 
 
 def test_names_of_older_checkpoints_are_the_same_tensors(saved: Any, groups: Any) -> None:
@@ -179,7 +126,7 @@ def test_names_of_older_checkpoints_are_the_same_tensors(saved: Any, groups: Any
     weight_map = {name: f"model-{n}.safetensors" for n, part in enumerate(parts) for name in part}
     index = renamed / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    batch = {"tokens": tokens_around(4, 1), "images": torch.randn(1, 3, 8, 8)}
+    batch = {"tokens": tokens_around(4), "images": torch.randn(1, 3, 8, 8)}
     assert torch.equal(imported(renamed, groups).run(batch), expected.run(batch))
 
 

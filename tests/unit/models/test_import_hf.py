@@ -17,8 +17,8 @@ from megatron_pipeweaver.models.hugging_face_weights import SafetensorsFolder, l
 from megatron_pipeweaver.models.parameters import global_parameters
 from megatron_pipeweaver.plugin.import_hf import write_checkpoint
 from megatron_pipeweaver.plugin.vision_language import hugging_face_spec
+from tests.unit.models.checkpoints import llava, qwen2_vl
 from tests.unit.models.examples import Model, cut
-from tests.unit.models.test_hugging_face import llava, qwen2_vl
 
 pytest.importorskip("psutil", reason="Megatron writes checkpoints with psutil")
 
@@ -90,5 +90,8 @@ def test_megatrons_arguments_must_be_those_of_the_checkpoint(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"--vocab-size 63 .* has 64 tokens"):
         hugging_face_spec(flags(padded_vocab_size=32), model)
     qwen2_vl().config.save_pretrained(tmp_path / "qwen")
-    with pytest.raises(ConfigError, match="holds a qwen2_vl, whose positions in three axes"):
-        hugging_face_spec(flags(), read_model(tmp_path / "qwen"))
+    qwen = read_model(tmp_path / "qwen")
+    with pytest.raises(ConfigError, match=r"--spatial-merge-size 1 with .* its model has 2"):
+        hugging_face_spec(flags(), qwen)
+    vision, _ = hugging_face_spec(flags(spatial_merge_size=2), qwen).modules
+    assert vision.layer.rotary

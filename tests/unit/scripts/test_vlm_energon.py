@@ -17,6 +17,7 @@ from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.energon import SkipSample, WorkerConfig
 
 from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.models.positions import positions_in_space
 from megatron_pipeweaver.plugin.data import LookAhead
 from megatron_pipeweaver.plugin.energon import EnergonStream, read_state
 from megatron_pipeweaver.plugin.vision_language import VISION, VisionLanguage
@@ -38,17 +39,18 @@ def stream(dataset: Path) -> Stream:
 
 
 def make_stream(
-    dataset: Path, state: Any = None, workers: int = 0, split: str = "train"
+    dataset: Path, state: Any = None, workers: int = 0, split: str = "train", **changed: Any
 ) -> EnergonStream:
     vlm_energon = script_module("vlm_energon", QUICKSTART.parent)
     options = vlm_energon.PackingOptions(
         sequence_length=LENGTH,
-        image_size=8,
-        tokens_per_image=PER_IMAGE,
+        image_size=changed.pop("image_size", (8, 8)),
+        pixels_per_token=4,
         image_token=IMAGE,
         separator=SEPARATOR,
         tokenize=vlm_energon.byte_tokens(257),
         buffer=6,
+        **changed,
     )
     config = WorkerConfig(rank=0, world_size=1, num_workers=workers)
     loader = partial(vlm_energon.make_loader, str(dataset), options, config, split)
@@ -117,6 +119,42 @@ def test_metadata_tells_documents_and_images(stream: Stream) -> None:
     assert list(found.document_lengths) == [len(one) for one in documents(microbatch)]
     assert found.count(VISION) == len(microbatch["images"])
     assert {(one.units, one.tokens) for one in found.items[VISION]} == {(16, PER_IMAGE)}
+
+
+def test_photographs_may_keep_their_shape(stream: Stream) -> None:
+    shapes = set()
+    for microbatch in itertools.islice(
+        stream(image_size=(16, 16), dynamic=True, position_axes=3), 6
+    ):
+        assert microbatch["position_ids"].shape == (3, 1, LENGTH)
+        grids = [(one.shape[1] // 4, one.shape[2] // 4) for one in microbatch["images"]]
+        shapes.update(grids)
+        ends = microbatch["cu_seqlens"].tolist()
+        for document, start, end in zip(documents(microbatch), ends[:-1], ends[1:], strict=True):
+            shown, count = [], int((document == IMAGE).sum())
+            while sum(rows * columns for rows, columns in shown) < count:
+                shown.append(grids.pop(0))
+            expected = positions_in_space(document, IMAGE, shown)
+            assert torch.equal(microbatch["position_ids"][:, 0, start:end], expected)
+        assert not grids
+    assert len(shapes) > 1
+    assert all(1 <= rows * columns <= 16 for rows, columns in shapes)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((100, 100), (56, 56)),
+        ((50, 200), (28, 112)),  # as few pixels, in its own shape
+        ((30, 20), (28, 28)),  # small ones stay small
+        ((3, 5000), (28, 112)),  # the thinnest ones are cut short
+        ((5, 5), (28, 28)),
+    ],
+)
+def test_images_are_resized_to_squares_of_their_own_shape(
+    size: tuple[int, int], expected: tuple[int, int], vlm_energon: ModuleType
+) -> None:
+    assert vlm_energon.fitted_size(*size, 28, 56 * 56) == expected
 
 
 def test_a_resumed_run_reads_what_the_uninterrupted_one_reads(
@@ -190,12 +228,12 @@ def test_a_sample_may_be_a_caption_behind_its_images(vlm_energon: ModuleType) ->
 
 def test_images_of_any_size_get_the_models(vlm_energon: ModuleType) -> None:
     white = torch.ones(3, 5, 9)
-    fitted = vlm_energon.fit_image(white, 8)
+    fitted = vlm_energon.fit_image(white, (8, 8))
     assert fitted.shape == (3, 8, 8)
     expected = (1 - 0.48145466) / 0.26862954
     torch.testing.assert_close(fitted[0], torch.full((8, 8), expected))
-    assert vlm_energon.fit_image(torch.ones(1, 30, 20), 8).shape == (3, 8, 8)
-    assert vlm_energon.fit_image(torch.ones(4, 8, 8), 8).shape == (3, 8, 8)
+    assert vlm_energon.fit_image(torch.ones(1, 30, 20), (8, 4)).shape == (3, 8, 4)
+    assert vlm_energon.fit_image(torch.ones(4, 8, 8), (8, 8)).shape == (3, 8, 8)
 
 
 def test_without_a_tokenizer_bytes_need_room_in_the_vocabulary(vlm_energon: ModuleType) -> None:
