@@ -91,32 +91,37 @@ def _clips(source: random.Random) -> MicrobatchMetadata:
     )
 
 
+def make_job(setup: str, batches: Sequence[BatchMetadata]) -> Job:
+    """`setup` on the H800, for `batches`."""
+    preset = setup_preset(setup)
+    return Job(
+        model=preset.model,
+        device=load_device(DEVICE),
+        microbatches=tuple(one for batch in batches for one in batch.microbatches),
+        options=RunOptions(parallel=preset.parallel),
+    )
+
+
 def make_case(
     setup: str, *, batches: int, microbatches: int, seed: int, search: SearchConfig
 ) -> PacedCase:
     """Plan `batches` dynamic batches of `setup` by PipeWeaver and for Megatron."""
-    preset = setup_preset(setup)
     drawn = draw_batches(setup, batches, microbatches, seed)
-    job = Job(
-        model=preset.model,
-        device=load_device(DEVICE),
-        microbatches=tuple(one for batch in drawn for one in batch.microbatches),
-        options=RunOptions(parallel=preset.parallel),
-    )
-    costs = AnalyticCostModel(job.device, job.options)
+    job = make_job(setup, drawn)
+    pipeline_size = job.options.parallel.pipeline
     joint = Joint(
         model=job.model,
-        pipeline_size=preset.parallel.pipeline,
-        costs=costs,
+        pipeline_size=pipeline_size,
+        costs=AnalyticCostModel(job.device, job.options),
         optimizer=job.optimizer,
         device_bytes=job.device.spec.memory_bytes,
         batches=drawn,
     )
     return PacedCase(
         setup=setup,
-        pipeline_size=preset.parallel.pipeline,
+        pipeline_size=pipeline_size,
         batches=drawn,
-        planned=_planned(job, costs, drawn, search),
+        planned=_planned(make_planner(job, drawn, search), drawn),
         megatron=(
             joint.best("megatron", joint.parameter_weights(), CHUNKS_PER_RANK),
             joint.best("megatron-time", joint.time_weights(), CHUNKS_PER_RANK),
@@ -124,14 +129,13 @@ def make_case(
     )
 
 
-def _planned(
-    job: Job, costs: AnalyticCostModel, batches: Sequence[BatchMetadata], search: SearchConfig
-) -> tuple[PlannedBatch, ...]:
-    """Through the planner: partition, search, compile, verify."""
+def make_planner(job: Job, batches: Sequence[BatchMetadata], search: SearchConfig) -> Planner:
+    """PipeWeaver's planner for `job`, cut for the batch's largest microbatch."""
     parallel = job.options.parallel
+    costs = AnalyticCostModel(job.device, job.options)
     typical = max(job.microbatches, key=lambda one: sum(map(len, one.items.values())))
     cut = partition_model(job.model, parallel.pipeline, costs, typical)
-    planner = Planner(
+    return Planner(
         model=job.model,
         layout=cut.layout,
         costs=PerLayerCosts(costs, job.strategies, job.candidates),
@@ -141,6 +145,10 @@ def _planned(
         search=search,
         parallel=parallel,
     )
+
+
+def _planned(planner: Planner, batches: Sequence[BatchMetadata]) -> tuple[PlannedBatch, ...]:
+    """Through the planner: partition, search, compile, verify."""
     made = []
     for batch in batches:
         planned = planner.plan(batch)
