@@ -64,10 +64,10 @@ def main() -> None:
                     search,
                 )
                 schedule = found.result.schedule
-                check_schedule(found.workload.problem, schedule)
+                check_schedule(found.of.workload.problem, schedule)
                 total += schedule.makespan_ns
                 writer.writerow(
-                    (args.setup, name, index, found.sizes[encoder], schedule.makespan_ns,
+                    (args.setup, name, index, found.of.sizes[encoder], schedule.makespan_ns,
                      schedule.lower_bound_ns)
                 )  # fmt: skip
             print(f"B = {name}: mean {total / len(bench.batches) / 1e9:.3f} s", flush=True)

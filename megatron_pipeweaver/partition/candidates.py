@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.lmm import ModuleSpec
 from megatron_pipeweaver.ir.problem import Strategy
-from megatron_pipeweaver.ir.strategy import LayerStrategy
+from megatron_pipeweaver.ir.strategy import LayerStrategy, layer_strategies
 from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.reuse import Reuse
 from megatron_pipeweaver.semu.stage_costs import GraphCost, StageCosts
@@ -26,6 +26,8 @@ from megatron_pipeweaver.semu.stages import canonical_stage
 
 DEFAULT_CANDIDATES = 10
 """The paper's S."""
+_PERMILLE = 1000
+_STEPS = 8
 
 _ORDER = (
     LayerStrategy.RECOMPUTE,
@@ -73,7 +75,15 @@ class PerLayerCosts:
         ConfigError: `most` is below two, or there is no strategy.
     """
 
-    __slots__ = ("_costs", "_found", "_most", "_strategies")
+    __slots__ = (
+        "_costs",
+        "_found",
+        "_host_permille",
+        "_leaner",
+        "_most",
+        "_stages",
+        "_strategies",
+    )
 
     def __init__(
         self,
@@ -90,6 +100,9 @@ class PerLayerCosts:
         self._strategies = tuple(strategies)
         self._most = most
         self._found = Reuse()
+        self._stages = Reuse()
+        self._host_permille = _PERMILLE
+        self._leaner: dict[int, PerLayerCosts] = {}
 
     def stage_strategies(
         self, module: ModuleSpec, stage: StageShape, load: Load
@@ -99,8 +112,46 @@ class PerLayerCosts:
         return self._found.get(
             (module, stage, load),
             lambda: stage_candidates(
-                self._costs.layer_strategies(module, stage, load, self._strategies), self._most
+                self._layers(module, stage, load), self._most, self._host_permille
             ),
+        )
+
+    def host_bytes(
+        self, module: ModuleSpec, stage: StageShape, load: Load, strategy: str | None
+    ) -> int:
+        """Bytes that a stage pair keeps in its rank's host memory under the strategy so named.
+
+        `None` stands for the most that any strategy keeps there.
+
+        Raises:
+            ConfigError: the stage has no such strategy.
+        """
+        stage = canonical_stage(module, stage)
+        if strategy is None:
+            name = LayerStrategy.OFFLOAD
+            choice = (name if name in self._strategies else self._strategies[0],) * stage.layers
+        else:
+            choice = layer_strategies(strategy, stage.layers)
+        if LayerStrategy.OFFLOAD not in choice:
+            return 0
+        return self._layers(module, stage, load).host_bytes(choice)
+
+    def within(self, permille: int) -> PerLayerCosts:
+        """The same, of candidates with so many thousandths at most of a stage pair on the host.
+
+        It is one of a few such models, with thousandths rounded down to an eighth of the whole.
+        """
+        eighths = permille * _STEPS // _PERMILLE
+        if eighths not in self._leaner:
+            found = PerLayerCosts(self._costs, self._strategies, self._most)
+            found._host_permille = eighths * _PERMILLE // _STEPS
+            self._leaner[eighths] = found
+        return self._leaner[eighths]
+
+    def _layers(self, module: ModuleSpec, stage: StageShape, load: Load) -> StageCosts:
+        return self._stages.get(
+            (module, stage, load),
+            lambda: self._costs.layer_strategies(module, stage, load, self._strategies),
         )
 
     def p2p_latency_ns(self, size_bytes: int) -> int:
@@ -108,14 +159,23 @@ class PerLayerCosts:
         return self._costs.p2p_latency_ns(size_bytes)
 
 
-def stage_candidates(costs: StageCosts, most: int = DEFAULT_CANDIDATES) -> tuple[Strategy, ...]:
+def stage_candidates(
+    costs: StageCosts, most: int = DEFAULT_CANDIDATES, host_permille: int = _PERMILLE
+) -> tuple[Strategy, ...]:
     """Up to `most` ways to run a stage pair, the fastest first, the leanest last.
 
     Without copies to the host, times and memory of layers add up and the candidates are exactly
     those of all choices. Copies hide behind other layers: they are timed exactly, for every number
-    of layers from the first on that go to the host, beside the fronts of the other layers.
+    of layers from the first on that go to the host, beside the fronts of the other layers. Those
+    with more than `host_permille` of the layers' bytes on the host are left out, as long as there
+    are others.
     """
-    return spread([costs.strategy(choice) for choice in _choices(costs)], most)
+    choices = list(_choices(costs))
+    if host_permille < _PERMILLE:
+        host_bytes = [costs.host_bytes(choice) for choice in choices]
+        limit = max(min(host_bytes), max(host_bytes) * host_permille // _PERMILLE)
+        choices = [one for one, host in zip(choices, host_bytes, strict=True) if host <= limit]
+    return spread([costs.strategy(choice) for choice in choices], most)
 
 
 def spread(strategies: Sequence[Strategy], most: int) -> tuple[Strategy, ...]:

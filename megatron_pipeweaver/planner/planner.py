@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 from megatron_pipeweaver.compiler.check import check_schedule
 from megatron_pipeweaver.compiler.lowering import compile_plan
 from megatron_pipeweaver.compiler.verify import verify
 from megatron_pipeweaver.config import SearchConfig
-from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.errors import ConfigError, InfeasibleError
 from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.ir.cluster import ParallelSizes
 from megatron_pipeweaver.ir.layout import ChunkLayout
@@ -27,10 +28,13 @@ from megatron_pipeweaver.ir.problem import Problem
 from megatron_pipeweaver.ir.schedule import Schedule
 from megatron_pipeweaver.partition.workload import Workload, make_workload
 from megatron_pipeweaver.planner.fallback import static_schedule
+from megatron_pipeweaver.planner.host import HostMemory, HostUse
 from megatron_pipeweaver.planner.splits import (
+    STEPS,
     Alternative,
     Sizes,
     check_percents,
+    fitting,
     search_alternatives,
     split_sizes,
 )
@@ -79,6 +83,7 @@ class Planner:
             batch is split where `search` says so, and free of overhead.
         splits_percent: sub-microbatch sizes to choose from, batch by batch, in percent of
             `sub_microbatch`; evaluation and static plans use the first one.
+        host: what offloaded activations may take of a rank's host memory; no bound without it.
         clock: monotonic nanoseconds.
 
     Raises:
@@ -99,6 +104,7 @@ class Planner:
         parallel: ParallelSizes | None = None,
         apart_costs: CostModel | None = None,
         splits_percent: Sequence[int] = (100,),
+        host: HostMemory | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         check_percents(splits_percent, search)
@@ -112,6 +118,7 @@ class Planner:
         self._element_bytes = _widest(model, dtypes)
         self._search = search
         self._parallel = parallel
+        self._host = host
         self._clock = clock
 
     def plan(
@@ -143,13 +150,13 @@ class Planner:
             search,
         )
         return self._compiled(
-            found.workload,
+            found.of.workload,
             found.result.schedule,
             found.result.baselines,
             forward_only=forward_only,
             start_ns=start_ns,
             origin=PlanOrigin.SEARCHED,
-            sub_microbatch=found.sizes,
+            sub_microbatch=found.of.sizes,
         )
 
     def static_plan(self, batch: BatchMetadata, *, forward_only: bool = False) -> PlannedIteration:
@@ -160,11 +167,16 @@ class Planner:
             InfeasibleError: a microbatch alone does not fit into a rank's memory.
         """
         start_ns = self._clock()
-        found = []
-        for one in self._alternatives(batch, self._splits[:1], forward_only=forward_only):
+
+        def static(one: Alternative) -> tuple[Workload, Schedule, Mapping[str, int]]:
             search = dataclasses.replace(self._search, split_weight_grad=one.apart)
-            found.append((one.workload, *static_schedule(one.workload.problem, search)))
-        workload, schedule, baselines = min(found, key=lambda one: one[1].makespan_ns)
+            return one.workload, *static_schedule(one.workload.problem, search)
+
+        alternatives = self._alternatives(batch, self._splits[:1], forward_only=forward_only)
+        workload, schedule, baselines = min(
+            fitting(alternatives, static, lambda made: made[1]),
+            key=lambda made: made[1].makespan_ns,
+        )
         return self._compiled(
             workload,
             schedule,
@@ -191,12 +203,22 @@ class Planner:
             ConfigError: the batch does not fit the model (an unknown module, say).
         """
         costs = self._apart_costs if apart else None
+        return self._workload(
+            batch,
+            self._costs if costs is None else costs,
+            self._splits[0] if sub_microbatch is None else sub_microbatch,
+            forward_only=forward_only,
+        )
+
+    def _workload(
+        self, batch: BatchMetadata, costs: CostModel, sizes: Sizes, *, forward_only: bool
+    ) -> Workload:
         return make_workload(
             batch,
             self.model,
             self.layout,
-            self._splits[0] if sub_microbatch is None else sub_microbatch,
-            self._costs if costs is None else costs,
+            sizes,
+            costs,
             self._memory_capacity_bytes,
             forward_only=forward_only,
             parallel=self._parallel,
@@ -210,16 +232,52 @@ class Planner:
         may = self._search.split_weight_grad and not forward_only
         ways = (False, True) if may and self._apart_costs is not None else (may,)
         return [
-            Alternative(
-                sizes=sizes,
-                workload=self.workload(
-                    batch, forward_only=forward_only, sub_microbatch=sizes, apart=apart
+            self._bounded(
+                batch,
+                Alternative(
+                    sizes=sizes,
+                    workload=self.workload(
+                        batch, forward_only=forward_only, sub_microbatch=sizes, apart=apart
+                    ),
+                    apart=apart,
                 ),
-                apart=apart,
             )
             for sizes in splits
             for apart in ways
         ]
+
+    def _bounded(self, batch: BatchMetadata, one: Alternative) -> Alternative:
+        """`one`, and where it could fill the host's memory, what to try instead when it does."""
+        if self._host is None:
+            return one
+        use = HostUse(
+            one.workload.problem, batch, self.model, self.layout, one.sizes, self._host.costs
+        )
+        if max(use.most_bytes()) <= self._host.limit_bytes:
+            return one
+        return dataclasses.replace(one, leaner=partial(self._leaner, batch, one, use, 0))
+
+    def _leaner(
+        self, batch: BatchMetadata, one: Alternative, use: HostUse, step: int, schedule: Schedule
+    ) -> Alternative | None:
+        """What to try instead of `schedule`, found behind so many steps; `None` where it fits."""
+        assert self._host is not None  # else nothing is bounded
+        limit_bytes, peak = self._host.limit_bytes, max(use.peak_bytes(schedule))
+        if peak <= limit_bytes:
+            return None
+        if step == STEPS - 1:
+            raise InfeasibleError(
+                f"offloaded activations need {peak} bytes of a rank's host memory, and it may "
+                f"take {limit_bytes}; give more, or allow another strategy"
+            )
+        # At first by what was on the host at one time, then by all that could be.
+        reached = max(use.most_bytes()) if step else peak
+        costs = self._host.lean(1000 * limit_bytes // reached, one.apart)
+        return dataclasses.replace(
+            one,
+            workload=self._workload(batch, costs, one.sizes, forward_only=False),
+            leaner=partial(self._leaner, batch, one, use, step + 1),
+        )
 
     def _compiled(
         self,

@@ -24,6 +24,7 @@ from typing import NoReturn
 
 from megatron_pipeweaver.errors import ConfigError, TransferError
 from megatron_pipeweaver.ir.codec import problem_to_json, schedule_to_json
+from megatron_pipeweaver.partition.candidates import PerLayerCosts
 from megatron_pipeweaver.planner.cache import RecentCache
 from megatron_pipeweaver.planner.channel import Channel
 from megatron_pipeweaver.planner.feedback import (
@@ -48,7 +49,6 @@ from megatron_pipeweaver.planner.messages import (
 from megatron_pipeweaver.planner.planner import batch_digest
 from megatron_pipeweaver.planner.settings import PlannerSettings
 from megatron_pipeweaver.planner.wire import encode
-from megatron_pipeweaver.semu.interface import CostModel
 
 _log = logging.getLogger(__name__)
 NICENESS = 10
@@ -75,7 +75,7 @@ class PlanningDesk:
     details: bool = False
     corrections: Corrections = field(default_factory=Corrections)
     usable_permille: tuple[int, ...] = ()
-    _costs: CostModel = field(init=False)
+    _costs: PerLayerCosts = field(init=False)
     _feedback: Feedback = field(init=False)
     _planned_with: RecentCache[tuple[Corrections, Mapping[str, int] | None]] = field(init=False)
     _headroom: Headroom = field(init=False)

@@ -17,6 +17,7 @@ from megatron_pipeweaver.partition.candidates import DEFAULT_CANDIDATES, PerLaye
 from megatron_pipeweaver.planner.codec import from_json, to_json
 from megatron_pipeweaver.planner.feedback import CorrectedCosts, Corrections
 from megatron_pipeweaver.planner.headroom import usable_bytes
+from megatron_pipeweaver.planner.host import HostMemory
 from megatron_pipeweaver.planner.planner import Planner
 from megatron_pipeweaver.semu.devices import DeviceProfile
 from megatron_pipeweaver.semu.interface import CostModel
@@ -42,10 +43,15 @@ class CostSettings:
     strategies: tuple[LayerStrategy, ...] = DEFAULT_STRATEGIES
     candidates: int = DEFAULT_CANDIDATES
 
-    def make(self) -> CostModel:
+    def make(self) -> PerLayerCosts:
         """The cost model."""
         analytic = AnalyticCostModel(self.device, self.options, strategies=self.strategies)
         return PerLayerCosts(analytic, self.strategies, self.candidates)
+
+    @property
+    def offload(self) -> bool:
+        """Whether activations may wait in host memory."""
+        return LayerStrategy.OFFLOAD in self.strategies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +61,8 @@ class PlannerSettings:
     `split_overhead_permille` is what a split backward takes beyond one in one piece, in thousandths
     of that, until it was measured in training.
     Splits above 100 percent need memory set aside for what their layers work with for a while.
+    `host_memory_bytes` is what offloaded activations may take of each rank's host memory; there is
+    no bound where it is left out.
     """
 
     model: ModelSpec
@@ -66,6 +74,7 @@ class PlannerSettings:
     search: SearchConfig
     splits_percent: tuple[int, ...] = (100,)
     split_overhead_permille: int = SPLIT_OVERHEAD_PERMILLE
+    host_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.split_overhead_permille < 0:
@@ -75,7 +84,7 @@ class PlannerSettings:
 
     def make(
         self,
-        costs: CostModel | None = None,
+        costs: PerLayerCosts | None = None,
         usable_permille: tuple[int, ...] = (),
         corrections: Corrections | None = None,
     ) -> Planner:
@@ -87,19 +96,28 @@ class PlannerSettings:
             corrections: what measured times have taught.
         """
         costs = self.costs.make() if costs is None else costs
+        overhead = self.split_overhead_permille
+
+        def lean(permille: int, apart: bool) -> CostModel:
+            return CorrectedCosts(
+                costs.within(permille), corrections, overhead_permille=overhead if apart else None
+            )
+
+        host = None
+        if self.host_memory_bytes is not None and self.costs.offload:
+            host = HostMemory(limit_bytes=self.host_memory_bytes, costs=costs, lean=lean)
         return Planner(
             model=self.model,
             layout=self.layout,
             costs=CorrectedCosts(costs, corrections),
-            apart_costs=CorrectedCosts(
-                costs, corrections, overhead_permille=self.split_overhead_permille
-            ),
+            apart_costs=CorrectedCosts(costs, corrections, overhead_permille=overhead),
             sub_microbatch=self.sub_microbatch,
             memory_capacity_bytes=usable_bytes(self.memory_capacity_bytes, usable_permille),
             dtypes=self.dtypes,
             search=self.search,
             parallel=self.costs.options.parallel,
             splits_percent=self.splits_percent,
+            host=host,
         )
 
     def with_threads(self, most: int) -> PlannerSettings:

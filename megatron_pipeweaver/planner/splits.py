@@ -10,42 +10,53 @@ efficiency). Each split is searched briefly, the best one for the rest of the ti
     200 %                         |-- trial --|
      best                                     |---------------- search ----------------|
 
+What is offloaded may need more host memory than there is: then problems without the candidates
+that offload most take its place (`planner.host`).
+
 Whether weight gradients run apart is such an alternative too, for the whole iteration: what that
 costs beyond its parts is in the times of its own problem.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from megatron_pipeweaver.config import SearchConfig
 from megatron_pipeweaver.errors import ConfigError, InfeasibleError
+from megatron_pipeweaver.ir.schedule import Schedule
 from megatron_pipeweaver.partition.workload import Workload
 from megatron_pipeweaver.search.anytime import SearchResult, solve
 
+_T = TypeVar("_T")
 Sizes = Mapping[str, int]
 """Items per sub-microbatch (B_i), by module."""
 _TRIAL_PERCENT = 40
 """Of the search budget goes to trials, all splits together."""
+STEPS = 3
+"""Of an alternative and the leaner ones behind it, at most so many are tried."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alternative:
-    """One problem of a batch: its sub-microbatch sizes, and whether weight gradients run apart."""
+    """One problem of a batch: its sub-microbatch sizes, and whether weight gradients run apart.
+
+    Where schedules may need more host memory than there is, ``leaner(schedule)`` is the alternative
+    to try instead, or `None` where `schedule` fits; after `STEPS` alternatives one does.
+    """
 
     sizes: Sizes
     workload: Workload
     apart: bool
+    leaner: Callable[[Schedule], Alternative | None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitResult:
     """The best schedule found, and the alternative that it is of."""
 
-    sizes: Sizes
-    workload: Workload
-    apart: bool
+    of: Alternative
     result: SearchResult
 
 
@@ -89,12 +100,14 @@ def search_alternatives(alternatives: Sequence[Alternative], search: SearchConfi
         InfeasibleError: a microbatch alone does not fit, whatever the alternative.
     """
     different = _different(alternatives)
-    if len(different) == 1:
+    bounded = any(one.leaner is not None for one in different)
+    if len(different) == 1 and not bounded:
         return _searched(different[0], search)
-    trials = list(_trials(different, _share(search, _TRIAL_PERCENT, len(different))))
-    best = min(trials, key=_makespan_ns)
-    again = _searched(best, _share(search, 100 - _TRIAL_PERCENT, 1))
-    return min(again, best, key=_makespan_ns)
+    trial = _share(search, _TRIAL_PERCENT, len(different) * (STEPS if bounded else 1))
+    best = min(fitting(different, lambda one: _searched(one, trial), _schedule), key=_makespan_ns)
+    again = _searched(best.of, _share(search, 100 - _TRIAL_PERCENT, 1))
+    fits = best.of.leaner is None or best.of.leaner(_schedule(again)) is None
+    return min(again, best, key=_makespan_ns) if fits else best
 
 
 def _different(alternatives: Sequence[Alternative]) -> list[Alternative]:
@@ -107,29 +120,60 @@ def _different(alternatives: Sequence[Alternative]) -> list[Alternative]:
     return found
 
 
-def _searched(one: Alternative | SplitResult, search: SearchConfig) -> SplitResult:
+def _searched(one: Alternative, search: SearchConfig) -> SplitResult:
     result = solve(one.workload.problem, replace(search, split_weight_grad=one.apart))
-    return SplitResult(sizes=one.sizes, workload=one.workload, apart=one.apart, result=result)
+    return SplitResult(of=one, result=result)
+
+
+def _schedule(one: SplitResult) -> Schedule:
+    return one.result.schedule
 
 
 def _makespan_ns(one: SplitResult) -> int:
-    return one.result.schedule.makespan_ns
+    return _schedule(one).makespan_ns
 
 
-def _trials(different: Sequence[Alternative], search: SearchConfig) -> Iterator[SplitResult]:
-    """A short search of each; what does not fit is left out, unless nothing fits."""
+def fitting(
+    alternatives: Sequence[Alternative],
+    make: Callable[[Alternative], _T],
+    schedule: Callable[[_T], Schedule],
+) -> Iterator[_T]:
+    """What `make` makes of each alternative; what does not fit is left out, unless nothing does.
+
+    Raises:
+        InfeasibleError: nothing fits; `make` has said why.
+    """
     infeasible: InfeasibleError | None = None
     found = False
-    for one in different:
+    for one in alternatives:
         try:
-            tried = _searched(one, search)
+            yield _leanest(one, make, schedule)
         except InfeasibleError as error:
             infeasible = infeasible or error
-            continue
-        found = True
-        yield tried
+        else:
+            found = True
     if infeasible is not None and not found:
         raise infeasible
+
+
+def _leanest(
+    one: Alternative, make: Callable[[Alternative], _T], schedule: Callable[[_T], Schedule]
+) -> _T:
+    """What `make` makes of `one`, or of the first leaner one that fits into host memory."""
+    made = make(one)
+    while one.leaner is not None:
+        following = one.leaner(schedule(made))
+        if following is None:
+            break
+        one = following
+        try:
+            made = make(one)
+        except InfeasibleError as error:
+            raise InfeasibleError(
+                f"{error}; as much more as that must be offloaded, a rank's host memory does not "
+                "hold"
+            ) from None
+    return made
 
 
 def _share(search: SearchConfig, percent: int, parts: int) -> SearchConfig:

@@ -57,6 +57,7 @@ class PipeWeaverArguments:
     device_profile: str | None = None
     strategies: tuple[LayerStrategy, ...] | None = None
     memory_fraction: float = 0.9
+    host_memory_fraction: float = 0.4
     deterministic: bool = False
     fallback: Fallback = STATIC
     trace_dir: Path | None = None
@@ -73,6 +74,11 @@ class PipeWeaverArguments:
             raise ConfigError(
                 f"--pipeweaver-memory-fraction {self.memory_fraction}: give a share of the "
                 "device's memory above 0 and up to 1"
+            )
+        if not 0 <= self.host_memory_fraction <= 1:
+            raise ConfigError(
+                f"--pipeweaver-host-memory-fraction {self.host_memory_fraction}: give a share of "
+                "the node's memory from 0 to 1"
             )
         if self.dry_run is not None and self.dry_run < 1:
             raise ConfigError(f"--pipeweaver-dry-run {self.dry_run}: give at least 1 batch")
@@ -330,6 +336,16 @@ _FLAGS: Mapping[str, _Flag] = {
             "metavar": "SHARE",
             "help": "Share of the device's memory that weights, optimizer and activations may "
             "take. Default 0.9.",
+        },
+        read=JsonNode.number,
+    ),
+    "host_memory_fraction": _Flag(
+        options={
+            "type": float,
+            "metavar": "SHARE",
+            "help": "Share of the node's memory that offloaded activations of its ranks may take; "
+            "pinned memory is given out in powers of two, so up to twice as much is taken. "
+            "Default 0.4.",
         },
         read=JsonNode.number,
     ),

@@ -43,6 +43,7 @@ from megatron_pipeweaver.plugin.data import data_state_hook
 from megatron_pipeweaver.plugin.dry_run import plan_batches, play_first_rank
 from megatron_pipeweaver.plugin.install import install, is_patched_fork, run_on_cpu, uninstall
 from megatron_pipeweaver.plugin.journal import Journal, megatron_writer
+from megatron_pipeweaver.plugin.node import host_share_bytes
 from megatron_pipeweaver.plugin.patching import Patch, PatchSet
 from megatron_pipeweaver.plugin.providers import ModelFamily
 from megatron_pipeweaver.plugin.schedule import PipeWeaverSchedule
@@ -344,6 +345,7 @@ def planner_settings(
         memory_capacity_bytes=memory_capacity(args, ours, spec, partition, device),
         dtypes={one.name: dtype for one in spec.modules},
         search=ours.search_config(args.seed, split_weight_grad=local),
+        host_memory_bytes=host_memory(ours),
     )
 
 
@@ -427,6 +429,11 @@ def memory_capacity(
     )
     usable = int(device.spec.memory_bytes * ours.memory_fraction)
     return activation_capacity_bytes(usable, states, 0)
+
+
+def host_memory(ours: PipeWeaverArguments) -> int | None:
+    """What offloaded activations may take of this rank's host; a dry run's is another machine's."""
+    return None if ours.dry_run is not None else host_share_bytes(ours.host_memory_fraction)
 
 
 def found_device() -> str:

@@ -94,6 +94,14 @@ class StageCosts:
         """
         return self._assembled(strategy_name(choice), self._chosen(choice))
 
+    def host_bytes(self, choice: Sequence[LayerStrategy]) -> int:
+        """What waits in host memory when layer i runs under ``choice[i]``.
+
+        Raises:
+            ConfigError: `choice` is not of this stage's layers, or names what was not emulated.
+        """
+        return sum(copies * one.host_bytes for one, copies in self._chosen(choice))
+
     def _chosen(self, choice: Sequence[LayerStrategy]) -> list[tuple[GraphCost, int]]:
         """Costs with how often each stands there in a row, in forward order."""
         layers = sum(part.copies for part in self.parts if part.is_layer)

@@ -201,13 +201,18 @@ class _Broken(ModuleStages):
         raise ValueError("this stage is broken")
 
 
-def _stage_fails(ctx: RankContext) -> None:
-    """Rank 2's first backward raises; the others have a minute's patience."""
+class _Dying(ModuleStages):
+    def backward(self, *args: Any) -> tuple[torch.Tensor | None, ...]:
+        os._exit(9)
+
+
+def _stage_fails(ctx: RankContext, wrong: type[ModuleStages]) -> None:
+    """Rank 2's first backward raises, or is the end of it; the others have a minute's patience."""
     transport = ProcessGroupTransport([range(4)], device=CPU, timeout=timedelta(seconds=60))
     plan = _trained_plan()
     dist.barrier()
     if ctx.rank == 2:
-        stages: ModuleStages = _Broken(plan.plan, build_chunks(plan.plan, 2), loss_of)
+        stages: ModuleStages = wrong(plan.plan, build_chunks(plan.plan, 2), loss_of)
     else:
         stages, _ = stages_of(plan.plan, ctx.rank)
     watchdog = Watchdog(ctx.rank, StoreBoard(_get_default_store(), "0"), WatchConfig())
@@ -221,9 +226,21 @@ def _trained_plan() -> VerifiedPlan:
 
 
 def test_a_rank_that_fails_takes_the_others_down_long_before_their_time_limit() -> None:
-    outcomes = outcomes_of_ranks(_stage_fails, 4, grace_s=30.0)
+    outcomes = outcomes_of_ranks(_stage_fails, 4, _Broken, grace_s=30.0)
     for rank, one in enumerate(outcomes):
         assert isinstance(one.error, ValueError if rank == 2 else TransferError), one.describe()
         if rank != 2:
             assert str(one.error).startswith(f"rank {rank}, action ")
             assert "rank 2: failed: ValueError: this stage is broken" in str(one.error)
+
+
+def test_a_rank_that_dies_in_the_middle_takes_the_others_down_in_seconds() -> None:
+    outcomes = outcomes_of_ranks(_stage_fails, 4, _Dying, grace_s=30.0)
+    assert outcomes[2].exit_code == 9
+    for rank, one in enumerate(outcomes):
+        if rank != 2:
+            assert isinstance(one.error, TransferError), one.describe()
+            text = str(one.error)
+            assert text.startswith(f"rank {rank}, action ")
+            assert "did not go through" in text
+            assert [line[:6] for line in text.splitlines()[-4:]] == [f"rank {n}" for n in range(4)]
