@@ -57,6 +57,9 @@ class NoTransport:
         """There already."""
         return [self._ready] * len(messages)
 
+    def finish(self) -> None:
+        """Nothing is under way."""
+
 
 class NoStages:
     """A `StageRunner` that computes nothing."""

@@ -78,6 +78,10 @@ class Executor:
                 where = f"rank {self._rank}, action {index}: `{format_action(plan, action)}`"
                 raise type(error)(f"{where}: {error}") from error
             self._record(plan, action, started_ns)
+        try:
+            self._transport.finish()
+        except TransferError as error:
+            raise TransferError(f"rank {self._rank}, behind its last action: {error}") from error
 
     def _record(self, plan: Plan, action: ComputeAction | TransferAction, started_ns: int) -> None:
         if isinstance(action, ComputeAction):

@@ -93,6 +93,9 @@ class LocalTransport:
             _Receive(self._network, one, keys, key) for one, key in zip(messages, keys, strict=True)
         ]
 
+    def finish(self) -> None:
+        """All waits have blocked."""
+
     def _key(self, message: Message, posted: Counter[tuple[int, int]]) -> _Key:
         pair = message.source_rank, message.target_rank
         posted[pair] += 1

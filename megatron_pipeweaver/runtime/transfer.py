@@ -14,9 +14,10 @@ goes as a group: `torch.distributed` has other communicators for messages that d
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,9 @@ from torch import Tensor
 from megatron_pipeweaver.errors import ConfigError, TransferError
 from megatron_pipeweaver.ir.plan import Message
 from megatron_pipeweaver.ir.text import format_op
+
+_POLL_S = 0.0005
+"""Between two looks at what is under way on the device."""
 
 
 class Pending(Protocol):
@@ -50,6 +54,13 @@ class Transport(Protocol):
 
     def irecv(self, messages: Sequence[Message]) -> Sequence[Pending]:
         """Post the receives of `messages` from their source rank."""
+
+    def finish(self) -> None:
+        """Return once all that was awaited has gone through, if waits do not block the host.
+
+        Raises:
+            TransferError: for as long as a wait may last nothing has gone through.
+        """
 
 
 def describe(message: Message) -> str:
@@ -83,8 +94,9 @@ class ProcessGroupTransport:
     Args:
         pipelines: the global ranks of every pipeline replica of the job, each by pipeline rank.
         device: where received tensors go.
-        timeout: how long a wait may last. NCCL waits on the stream, so there it is NCCL's
-            watchdog that ends the process.
+        timeout: how long a wait may last. On a GPU waits are put on the stream, so there it is
+            `finish` that tells of one that does not end; NCCL's own watchdog, which ends the
+            process, has twice as much patience.
         backend: ``gloo`` or ``nccl``; the default group's where it is `None`.
 
     Raises:
@@ -103,14 +115,16 @@ class ProcessGroupTransport:
         self._timeout = timeout
         self._rank = dist.get_rank()
         self._pipeline = next((tuple(one) for one in pipelines if self._rank in one), ())
+        self._blocking = device.type == "cpu"  # a wait with a time limit blocks the host
         pairs = directed_pairs(pipelines)
+        patience = timeout if self._blocking else 2 * timeout
         groups = {
-            pair: dist.new_group(sorted(pair), timeout=timeout, backend=backend) for pair in pairs
+            pair: dist.new_group(sorted(pair), timeout=patience, backend=backend) for pair in pairs
         }
         self._groups: dict[tuple[int, int], Any] = {
             pair: group for pair, group in groups.items() if self._rank in pair
         }
-        self._blocking = device.type == "cpu"  # a wait with a time limit blocks the host
+        self._awaited: list[_Awaited] = []
         for pair in self._groups:
             self._try_link(*pair)
 
@@ -141,12 +155,27 @@ class ProcessGroupTransport:
         try:
             works = iter(_post_as_one(operations))
         except RuntimeError as error:
-            raise _failure(first, where, "", error) from error
-        timeout = self._timeout if self._blocking else None
+            raise _failure(first, where, "", _first_line(error)) from error
         return [
-            _Posted(one, tensor, next(works), where, timeout) if tensor.numel() else _Done(tensor)
+            self._pending(one, tensor, next(works), where) if tensor.numel() else _Done(tensor)
             for one, tensor in zip(messages, tensors, strict=True)
         ]
+
+    def _pending(self, message: Message, tensor: Tensor, work: Any, where: str) -> Pending:
+        if self._blocking:
+            return _Posted(message, tensor, work, where, self._timeout)
+        return _OnStream(message, tensor, work, where, self._awaited)
+
+    def finish(self) -> None:
+        """See `Transport`; on a GPU the host waits for its stream to come past all waits."""
+        awaited, self._awaited[:] = tuple(self._awaited), ()
+        for one in awaited:
+            deadline = time.monotonic() + self._timeout.total_seconds()
+            while not one.passed.query():
+                if time.monotonic() > deadline:
+                    limit = f" within {self._timeout.total_seconds():g} s"
+                    raise _failure(one.message, one.where, limit, "nothing has come past it")
+                time.sleep(_POLL_S)
 
     def _try_link(self, source: int, target: int) -> None:
         """One byte over the link: connects it now, since connecting later would block a post."""
@@ -182,11 +211,41 @@ class _Done:
         return self._tensor
 
 
+class _Awaited(NamedTuple):
+    """A wait on a stream: of what, and an event behind it."""
+
+    message: Message
+    where: str
+    passed: Any
+
+
+class _OnStream:
+    """A posted send or receive whose wait is put on the device's stream."""
+
+    def __init__(
+        self, message: Message, tensor: Tensor, work: Any, where: str, awaited: list[_Awaited]
+    ) -> None:
+        self._message = message
+        self._tensor = tensor
+        self._work = work
+        self._where = where
+        self._awaited = awaited
+
+    def wait(self) -> Tensor:
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise _failure(self._message, self._where, "", _first_line(error)) from error
+        passed = torch.cuda.current_stream().record_event()
+        self._awaited.append(_Awaited(self._message, self._where, passed))
+        return self._tensor
+
+
 class _Posted:
     """A posted send or receive; holds the tensor until it was awaited."""
 
     def __init__(
-        self, message: Message, tensor: Tensor, work: Any, where: str, timeout: timedelta | None
+        self, message: Message, tensor: Tensor, work: Any, where: str, timeout: timedelta
     ) -> None:
         self._message = message
         self._tensor = tensor
@@ -196,20 +255,16 @@ class _Posted:
 
     def wait(self) -> Tensor:
         try:
-            if self._timeout is None:
-                self._work.wait()
-            else:
-                self._work.wait(self._timeout)
+            self._work.wait(self._timeout)
         except RuntimeError as error:
-            limit = "" if self._timeout is None else f" within {self._timeout.total_seconds():g} s"
-            raise _failure(self._message, self._where, limit, error) from error
+            limit = f" within {self._timeout.total_seconds():g} s"
+            raise _failure(self._message, self._where, limit, _first_line(error)) from error
         return self._tensor
 
 
-def _failure(message: Message, where: str, limit: str, error: RuntimeError) -> TransferError:
+def _failure(message: Message, where: str, limit: str, reason: str) -> TransferError:
     return TransferError(
-        f"{describe(message)} {where} did not go through{limit}; see that rank's log "
-        f"({_first_line(error)})"
+        f"{describe(message)} {where} did not go through{limit}; see that rank's log ({reason})"
     )
 
 

@@ -43,6 +43,25 @@ def test_links_are_directed_neighbours_in_one_order(
     assert directed_pairs(pipelines) == pairs
 
 
+class FakeEvent:
+    """An event that has come after so many looks at it."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def query(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+class FakeStream:
+    def __init__(self, events: list[FakeEvent]) -> None:
+        self.events = events
+
+    def record_event(self) -> FakeEvent:
+        return self.events.pop(0)
+
+
 class FakeDist:
     """`torch.distributed` as NCCL is: messages of a group in the order of their posts, no tags."""
 
@@ -51,12 +70,16 @@ class FakeDist:
         self.made: list[tuple[int, ...]] = []
         self.posted: list[tuple[str, int, tuple[int, ...]]] = []
         self.groups: list[int] = []
+        self.patience: set[timedelta] = set()
         self.waits: list[tuple[Any, ...]] = []
 
     def get_rank(self) -> int:
         return self.rank
 
-    def new_group(self, ranks: list[int], **_: Any) -> tuple[int, tuple[int, ...]]:
+    def new_group(
+        self, ranks: list[int], *, timeout: timedelta, **_: Any
+    ) -> tuple[int, tuple[int, ...]]:
+        self.patience.add(timeout)
         self.made.append(tuple(ranks))
         return len(self.made) - 1, tuple(ranks)
 
@@ -108,6 +131,8 @@ def test_directions_do_not_share_a_communicator_and_device_waits_stay_on_the_str
     )
     fake.posted.clear()
     fake.waits.clear()
+    events = [FakeEvent(0), FakeEvent(3)]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream(events))
     (sent,) = transport.isend([MESSAGE], [torch.zeros(2, 3)])
     back = replace(MESSAGE, source_rank=1, target_rank=0)
     (received,) = transport.irecv([back])
@@ -117,6 +142,29 @@ def test_directions_do_not_share_a_communicator_and_device_waits_stay_on_the_str
     sent.wait()
     assert received.wait().shape == (2, 3)
     assert fake.waits == [(), ()]  # a time limit would block the host
+    transport.finish()
+    assert events == []
+    assert (sent._awaited, received._awaited) == ([], [])  # type: ignore[attr-defined]
+
+
+def test_a_wait_on_a_stream_that_does_not_end_is_told_in_bounded_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeDist(0)
+    monkeypatch.setattr(transfer, "dist", fake)
+    transport = transfer.ProcessGroupTransport(
+        [(0, 1)], device=torch.device("meta"), timeout=timedelta(seconds=0.05)
+    )
+    assert fake.patience == {timedelta(seconds=0.1)}  # NCCL would end the process
+    events = [FakeEvent(0), FakeEvent(10**9), FakeEvent(10**9)]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream(events))
+    transport.isend([MESSAGE], [torch.zeros(2, 3)])[0].wait()
+    back = replace(MESSAGE, source_rank=1, target_rank=0)
+    for one in transport.irecv([back, replace(back, sequence=1)]):
+        one.wait()
+    with pytest.raises(TransferError, match=r"from rank 1 did not go through within 0\.05 s; see"):
+        transport.finish()
+    transport.finish()  # what was told is not told again
 
 
 def test_a_group_is_posted_once_and_what_has_no_bytes_needs_no_wire(
@@ -129,6 +177,7 @@ def test_a_group_is_posted_once_and_what_has_no_bytes_needs_no_wire(
     )
     fake.groups.clear()
     fake.waits.clear()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream([FakeEvent(0)] * 2))
     empty = replace(MESSAGE, sequence=1, shape=(0, 3))
     last = replace(MESSAGE, sequence=2)
     sent = transport.isend(
