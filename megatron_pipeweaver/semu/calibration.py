@@ -1,7 +1,7 @@
 """Efficiency factors from measured operators (`semu.probes`): fit, and say how far off it is.
 
-Forward, input gradient and weight gradient are fitted apart. The fit minimises relative errors, so
-small sizes count as much as large ones.
+Forward, input gradient and weight gradient are fitted apart. The fit is by relative errors, so
+small sizes count as much as large ones, and robust, so that disturbed samples hardly count.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from dataclasses import dataclass, replace
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.semu.cost import OperatorCosts
 from megatron_pipeweaver.semu.devices import DeviceProfile, Factors
-from megatron_pipeweaver.semu.work import NO_WORK, Operator, OperatorClass, Phase, Work
+from megatron_pipeweaver.semu.work import NO_WORK, Operator, OperatorClass, Phase, Queue, Work
 
 _SECOND_NS = 1_000_000_000
 _PERMILLE = 1000
 _SWEEPS = 2000
+_REWEIGHTINGS = 12
+_SQUARED_UP_TO = 0.05
+"""Relative errors beyond this count by their size, not by its square."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,7 @@ def calibrate(samples: Sequence[Sample], profile: DeviceProfile) -> Calibration:
     Raises:
         ConfigError: a class has fewer than four samples.
     """
+    profile = _latency_bounded(samples, profile)
     factors = dict(profile.factors)
     errors: dict[OperatorClass, float] = {}
     for kind in dict.fromkeys(one.operator.kind for one in samples):
@@ -119,9 +123,10 @@ def relative_error(sample: Sample, costs: OperatorCosts) -> float:
 def fit_factors(samples: Sequence[Sample], profile: DeviceProfile) -> Factors:
     """The factors of one operator class that fit `samples` best, each phase with its own.
 
-    An operator that sends is taken as bound by the link within a node, one with matmul sizes by
-    compute, any other by memory.
+    An operator that sends is taken as bound by the link within a node, a copy to the host by that
+    link, one with matmul sizes by compute, any other by memory.
     """
+    to_host = all(one.operator.queue is Queue.HOST_LINK for one in samples)
     phases = {}
     for phase in Phase:
         rows = [
@@ -130,7 +135,7 @@ def fit_factors(samples: Sequence[Sample], profile: DeviceProfile) -> Factors:
             if (work := one.operator.work(phase)) != NO_WORK
             and (time_ns := one.times_ns.get(phase, 0))
         ]
-        phases[phase] = _fit_phase(rows, profile) if rows else None
+        phases[phase] = _fit_phase(rows, profile, to_host=to_host) if rows else None
     forward = phases[Phase.FORWARD]
     if forward is None:
         raise ConfigError("calibration: no forward was measured; measure one")
@@ -139,9 +144,14 @@ def fit_factors(samples: Sequence[Sample], profile: DeviceProfile) -> Factors:
     )
 
 
-def _fit_phase(rows: Sequence[tuple[Work, int]], profile: DeviceProfile) -> Factors:
+def _fit_phase(
+    rows: Sequence[tuple[Work, int]], profile: DeviceProfile, *, to_host: bool
+) -> Factors:
+    spec = profile.spec
+    if to_host:
+        return _fit_network(rows, profile, spec.host_bandwidth, latency_ns=0)
     if all(work.steps for work, _ in rows):
-        return _fit_network(rows, profile)
+        return _fit_network(rows, profile, spec.scale_up_bandwidth, spec.link_latency_ns)
     shaped = all(work.shape for work, _ in rows)
     weights = non_negative_fit(
         [_terms(work, shaped=shaped) for work, _ in rows], [time_ns for _, time_ns in rows]
@@ -160,17 +170,32 @@ def _fit_phase(rows: Sequence[tuple[Work, int]], profile: DeviceProfile) -> Fact
     )
 
 
-def _fit_network(rows: Sequence[tuple[Work, int]], profile: DeviceProfile) -> Factors:
-    """Start and bandwidth; what the data sheet says of a message's latency is taken as given."""
-    latency_ns = profile.spec.link_latency_ns
-    left = [max(1, time_ns - work.steps * latency_ns) for work, time_ns in rows]
+def _latency_bounded(samples: Sequence[Sample], profile: DeviceProfile) -> DeviceProfile:
+    """`profile` with no more latency a message than the fastest measured one took."""
+    fastest = [
+        time_ns // work.steps
+        for one in samples
+        if (work := one.operator.forward).steps
+        and one.operator.queue is not Queue.HOST_LINK
+        and (time_ns := one.times_ns.get(Phase.FORWARD, 0))
+    ]
+    latency_ns = min([profile.spec.link_latency_ns, *fastest])
+    return replace(profile, spec=replace(profile.spec, link_latency_ns=latency_ns))
+
+
+def _fit_network(
+    rows: Sequence[tuple[Work, int]], profile: DeviceProfile, bandwidth: int, latency_ns: int
+) -> Factors:
+    """Start and share of `bandwidth`; the latency of a message is taken as given."""
     weights = non_negative_fit(
-        [(float(work.kernels), float(work.network_bytes)) for work, _ in rows], left
+        [(float(work.kernels), float(work.network_bytes)) for work, _ in rows],
+        [time_ns for _, time_ns in rows],
+        known=[work.steps * latency_ns for work, _ in rows],
     )
     rate = _SECOND_NS / max(weights[1], 1e-9)
     return Factors(
         overhead_ns=round(weights[0]),
-        network_permille=max(1, round(_PERMILLE * rate / profile.spec.scale_up_bandwidth)),
+        network_permille=max(1, round(_PERMILLE * rate / bandwidth)),
         memory_permille=_unbounding_memory(rows, profile),
     )
 
@@ -194,19 +219,41 @@ def _unbounding_memory(rows: Sequence[tuple[Work, int]], profile: DeviceProfile)
 
 
 def non_negative_fit(
-    rows: Sequence[Sequence[float]], targets: Sequence[float]
+    rows: Sequence[Sequence[float]], targets: Sequence[float], known: Sequence[float] = ()
 ) -> tuple[float, ...]:
-    """Weights >= 0 that minimise the squared relative errors of ``rows @ weights``.
+    """Weights >= 0 that fit ``rows @ weights + known`` to `targets` by relative errors, robustly.
 
-    Coordinate descent on columns brought to one scale; deterministic.
+    Errors count by their squares up to a few per cent and by their size beyond (Huber 1964), so
+    that a sample which the machine disturbed does not bend the fit: least squares over and over,
+    with less weight for rows that were far off. Deterministic.
     """
+    known = known or [0.0] * len(targets)
     scaled = [[value / target for value in row] for row, target in zip(rows, targets, strict=True)]
-    width = len(scaled[0])
-    norms = [max(sum(row[j] * row[j] for row in scaled) ** 0.5, 1e-300) for j in range(width)]
-    columns = [[row[j] / norms[j] for row in scaled] for j in range(width)]
+    wanted = [1 - part / target for part, target in zip(known, targets, strict=True)]
+    trust = [1.0] * len(scaled)
+    weights: tuple[float, ...] = ()
+    for _ in range(_REWEIGHTINGS):
+        weights = _least_squares(
+            [[value * one for value in row] for row, one in zip(scaled, trust, strict=True)],
+            [value * one for value, one in zip(wanted, trust, strict=True)],
+        )
+        errors = [
+            abs(value - sum(a * b for a, b in zip(row, weights, strict=True)))
+            for row, value in zip(scaled, wanted, strict=True)
+        ]
+        trust = [min(1.0, _SQUARED_UP_TO / max(error, 1e-12)) ** 0.5 for error in errors]
+    return weights
+
+
+def _least_squares(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> tuple[float, ...]:
+    """Weights >= 0 that minimise the squared errors: coordinate descent, columns to one scale."""
+    width = len(rows[0])
+    norms = [max(sum(row[j] * row[j] for row in rows) ** 0.5, 1e-300) for j in range(width)]
+    columns = [[row[j] / norms[j] for row in rows] for j in range(width)]
     weights = [0.0] * width
-    residual = [1.0] * len(scaled)
+    residual = list(targets)
     for _ in range(_SWEEPS):
+        before = list(weights)
         for j, column in enumerate(columns):
             step = sum(a * b for a, b in zip(column, residual, strict=True))
             new = max(0.0, weights[j] + step)
@@ -214,4 +261,6 @@ def non_negative_fit(
             if moved:
                 residual = [r - moved * c for r, c in zip(residual, column, strict=True)]
                 weights[j] = new
+        if weights == before:
+            break
     return tuple(weight / norm_ for weight, norm_ in zip(weights, norms, strict=True))

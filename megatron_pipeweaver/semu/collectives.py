@@ -2,13 +2,16 @@
 
     torchrun --nproc-per-node 8 -m megatron_pipeweaver calibrate --device cuda --base H100 -o FILE
 
-Every rank runs the same calls; of their medians, the slowest rank's counts. Only functions that
-measure need torch, and import it themselves.
+Every rank runs the same calls, sizes and collectives in another order every round; of each rank's
+medians the slowest counts. A first call behind each barrier is not timed: it takes as long as the
+ranks are late, up to a time slice where they share cores. Only functions that measure need torch,
+and import it themselves.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,8 +23,10 @@ from megatron_pipeweaver.semu.calibration import Sample
 from megatron_pipeweaver.semu.operators import collective_work
 from megatron_pipeweaver.semu.work import Operator, OperatorClass, Phase, Queue, Work
 
-SIZES = tuple(1 << power for power in (16, 18, 19, 20, 21, 22, 23, 24))
+SIZES = (*(size for power in range(16, 24) for size in (1 << power, 3 << power - 1)), 1 << 24)
 """Bytes of the whole, unsharded tensor."""
+_IN_A_ROW = 5
+"""Calls behind one barrier that are timed, each on its own."""
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
@@ -63,19 +68,25 @@ def measure_collectives(
     import torch.distributed as dist
 
     ranks = dist.get_world_size()
-    samples = []
-    for size in sizes:
-        elements = max(1, size // 4 // ranks)
-        calls = _calls(torch, dist, device, elements, ranks)
-        for kind, call in calls.items():
-            found = _slowest_median_ns(torch, dist, device, call, repeats)
-            samples.append(
-                Sample(
-                    operator=_operator(kind, 4 * elements * ranks, ranks),
-                    times_ns={Phase.FORWARD: found},
-                )
-            )
-    return samples
+    calls = {
+        (kind, 4 * elements * ranks): call
+        for elements in (max(1, size // 4 // ranks) for size in sizes)
+        for kind, call in _calls(torch, dist, device, elements, ranks).items()
+    }
+    times: dict[tuple[OperatorClass, int], list[int]] = {which: [] for which in calls}
+    shuffled, source = list(calls), random.Random(0)  # the same order on all ranks
+    for number in range(repeats + 1):
+        source.shuffle(shuffled)
+        for which in shuffled:
+            found = _times_ns(torch, dist, device, calls[which])
+            if number:  # the first round warms up
+                times[which] += found
+    medians = torch.tensor([round(statistics.median(one)) for one in times.values()], device=device)
+    dist.all_reduce(medians, op=dist.ReduceOp.MAX)
+    return [
+        Sample(operator=_operator(kind, size, ranks), times_ns={Phase.FORWARD: max(1, found)})
+        for (kind, size), found in zip(times, medians.tolist(), strict=True)
+    ]
 
 
 def _operator(kind: OperatorClass, size_bytes: int, ranks: int) -> Operator:
@@ -131,20 +142,15 @@ def _calls(
     return calls
 
 
-def _slowest_median_ns(
-    torch: Any, dist: Any, device: str, call: Callable[[], object], repeats: int
-) -> int:
-    """Median over repeats of one call, behind a barrier; the slowest rank's."""
+def _times_ns(torch: Any, dist: Any, device: str, call: Callable[[], object]) -> list[int]:
+    """Nanoseconds of some calls in a row, when the ranks have met in one that does not count."""
     synchronize: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
-    call()
+    dist.barrier()
     times = []
-    for _ in range(repeats):
+    for _ in range(1 + _IN_A_ROW):
         synchronize()
-        dist.barrier()
         start = time.perf_counter_ns()
         call()
         synchronize()
         times.append(time.perf_counter_ns() - start)
-    slowest = torch.tensor([round(statistics.median(times))], device=device)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return max(1, int(slowest.item()))
+    return times[1:]

@@ -91,12 +91,11 @@ class OperatorCosts:
         if not work.steps:
             return 0
         spec = self._profile.spec
-        bandwidth = spec.scale_up_bandwidth
+        bandwidth, latency_ns = spec.scale_up_bandwidth, spec.link_latency_ns
         if queue is Queue.HOST_LINK:
-            bandwidth = spec.host_bandwidth
+            # A copy is no message between ranks; what it takes to begin is its overhead.
+            bandwidth, latency_ns = spec.host_bandwidth, 0
         elif queue in self._scale_out:
             bandwidth = spec.scale_out_bandwidth
         rate = bandwidth * factors.network_permille
-        return work.steps * spec.link_latency_ns + ceil_div(
-            work.network_bytes * SECOND_NS * _PERMILLE, rate
-        )
+        return work.steps * latency_ns + ceil_div(work.network_bytes * SECOND_NS * _PERMILLE, rate)

@@ -13,6 +13,7 @@ from megatron_pipeweaver.semu.cost import CostRule, OperatorCosts
 from megatron_pipeweaver.semu.devices import DeviceProfile
 from megatron_pipeweaver.semu.graph import Memory, Store, emulate
 from megatron_pipeweaver.semu.interface import Load, StageShape
+from megatron_pipeweaver.semu.operators import host_copy
 from megatron_pipeweaver.semu.options import RunOptions
 from megatron_pipeweaver.semu.reuse import DiskCache, Reuse, content_key, source_digest
 from megatron_pipeweaver.semu.stage_costs import GraphCost, StageCosts, StagePart
@@ -201,8 +202,7 @@ class AnalyticCostModel:
     def _copy_ns(self, size_bytes: int) -> int:
         if not size_bytes:
             return 0
-        work = Work(network_bytes=size_bytes, steps=1)
-        return self._costs.work_ns(work, OperatorClass.HOST_COPY, Queue.HOST_LINK)
+        return self._costs.latency_ns(host_copy(size_bytes), Phase.FORWARD)
 
     def _stage_strategies(
         self, module: ModuleSpec, stage: StageShape, load: Load

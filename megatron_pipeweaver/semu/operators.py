@@ -317,6 +317,18 @@ def collective_work(kind: OperatorClass, size_bytes: int, ranks: int) -> Work:
     return NO_WORK if ranks == 1 else _RINGS[kind].work(size_bytes, ranks)
 
 
+def host_copy(size_bytes: int) -> Operator:
+    """A copy of `size_bytes` to the host, or back; outside of any subgraph."""
+    return Operator(
+        name="host_copy",
+        kind=OperatorClass.HOST_COPY,
+        inputs=(),
+        outputs=(),
+        forward=Work(network_bytes=size_bytes, steps=1),
+        queue=Queue.HOST_LINK,
+    )
+
+
 def enter_tensor_parallel(sketch: Sketch, name: str, source: str, elements: int) -> str:
     """In front of a column-parallel linear: all-gather with sequence parallelism, else a copy.
 

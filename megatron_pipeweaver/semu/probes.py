@@ -18,7 +18,14 @@ from typing import Any
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.semu.attention import AttentionShape, attention
 from megatron_pipeweaver.semu.calibration import Sample
-from megatron_pipeweaver.semu.operators import Sketch, activation, elementwise, linear, norm
+from megatron_pipeweaver.semu.operators import (
+    Sketch,
+    activation,
+    elementwise,
+    host_copy,
+    linear,
+    norm,
+)
 from megatron_pipeweaver.semu.options import Attention, RunOptions
 from megatron_pipeweaver.semu.work import Operator, Phase
 
@@ -28,8 +35,14 @@ _HEAD_SIZE = 32
 
 _SIZES: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
     {
-        "cpu": ((64, 128), (128, 256), (256, 256), (512, 256), (256, 512)),
-        "cuda": ((1024, 1024), (2048, 2048), (4096, 2048), (2048, 4096), (8192, 4096)),
+        "cpu": (
+            *((64, 128), (64, 256), (128, 256), (192, 192), (256, 256)),
+            *((128, 512), (384, 256), (256, 384), (256, 512), (512, 256)),
+        ),
+        "cuda": (
+            *((1024, 1024), (1024, 2048), (2048, 2048), (3072, 2048), (2048, 3072)),
+            *((4096, 2048), (3072, 3072), (2048, 4096), (4096, 4096), (8192, 4096)),
+        ),
     }
 )
 
@@ -60,7 +73,10 @@ class Clock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """One operator; `run` makes its output from `inputs` and `parameters` that want gradients."""
+    """One operator; `run` makes its output from `inputs` and `parameters` that want gradients.
+
+    Without `inputs` it has no backward.
+    """
 
     operator: Operator
     run: Callable[[], Any]
@@ -83,7 +99,7 @@ def measure(
     sizes: Iterable[tuple[int, int]] | None = None,
     repeats: int = 7,
 ) -> list[Sample]:
-    """Measure linears, norms, activations, sums, and attentions of ``rows x width`` inputs.
+    """Measure linears, norms, activations, sums, attentions and copies of ``rows x width`` inputs.
 
     Args:
         device: ``cpu`` (single precision, dense attention) or ``cuda`` (bf16, fused attention).
@@ -143,7 +159,8 @@ class ProbeRounds:
         """Warmed up, with as many loops as the clock needs."""
         output = probe.run()
         gradient = self._torch.randn_like(output)
-        self._torch.autograd.backward(output, gradient)
+        if probe.inputs:
+            self._torch.autograd.backward(output, gradient)
         start = self.clock.now_ns()
         probe.run()
         loops = 1 + _LEAST_NS // max(1, self.clock.now_ns() - start)
@@ -164,7 +181,7 @@ class ProbeRounds:
         marks = [self.clock.now_ns()]
         outputs = [probe.run() for _ in range(times.loops)]
         marks.append(self.clock.now_ns())
-        for output in outputs:
+        for output in outputs if probe.inputs else ():
             self._torch.autograd.grad(output, probe.inputs, times.gradient, retain_graph=True)
         marks.append(self.clock.now_ns())
         if probe.parameters:
@@ -182,6 +199,8 @@ class ProbeRounds:
                 phase: max(1, round(statistics.median(entries)))
                 for phase, entries in times.phases.items()
             }
+            if not probe.inputs:
+                medians[Phase.INPUT_GRAD] = 0
             if not probe.parameters:
                 medians[Phase.WEIGHT_GRAD] = 0
             found.append(Sample(operator=probe.operator, times_ns=medians))
@@ -222,6 +241,7 @@ def _probes(maker: _Maker, rows: int, width: int) -> Sequence[Probe]:
         *_activations(maker, rows, width),
         *_sums(maker, rows, width),
         *_attentions(maker, rows, width),
+        *_copies(maker, rows, width),
     ]
 
 
@@ -318,6 +338,19 @@ def _sums(maker: _Maker, rows: int, width: int) -> list[Probe]:
             operator=last_operator(maker.options, build),
             run=lambda: one + other,
             inputs=(one, other),
+        )
+    ]
+
+
+def _copies(maker: _Maker, rows: int, width: int) -> list[Probe]:
+    """To the host, into pinned memory where there is a GPU; there and back take as long."""
+    source = maker.tensor(rows, 4 * width).detach()
+    host = maker.torch.empty_like(source, device="cpu", pin_memory=source.is_cuda)
+    return [
+        Probe(
+            operator=host_copy(source.nbytes),
+            run=lambda: host.copy_(source, non_blocking=True),
+            inputs=(),
         )
     ]
 

@@ -14,11 +14,16 @@ from megatron_pipeweaver.semu.calibration import (
     with_layer_times,
 )
 from megatron_pipeweaver.semu.cost import OperatorCosts
-from megatron_pipeweaver.semu.devices import load_device, profile_from_json, profile_to_json
-from megatron_pipeweaver.semu.operators import Sketch, elementwise, linear
+from megatron_pipeweaver.semu.devices import (
+    DeviceProfile,
+    load_device,
+    profile_from_json,
+    profile_to_json,
+)
+from megatron_pipeweaver.semu.operators import Sketch, elementwise, host_copy, linear
 from megatron_pipeweaver.semu.options import RunOptions
 from megatron_pipeweaver.semu.probes import measure
-from megatron_pipeweaver.semu.work import NO_WORK, Operator, OperatorClass, Phase
+from megatron_pipeweaver.semu.work import NO_WORK, Operator, OperatorClass, Phase, Queue, Work
 
 PROFILE = load_device("cpu")
 
@@ -98,6 +103,53 @@ def test_relative_error_is_that_of_forward_and_backward_together() -> None:
     assert relative_error(sample, costs) == pytest.approx(0.5)
 
 
+def _sent(size: int, time_ns: int) -> Sample:
+    work = Work(network_bytes=size, steps=1)
+    operator = Operator(
+        name="send",
+        kind=OperatorClass.SEND,
+        inputs=(),
+        outputs=(),
+        forward=work,
+        queue=Queue.PIPELINE_LINK,
+    )
+    return Sample(operator=operator, times_ns={Phase.FORWARD: time_ns})
+
+
+def _links(latency_ns: int) -> DeviceProfile:
+    return replace(PROFILE, spec=replace(PROFILE.spec, link_latency_ns=latency_ns))
+
+
+def test_links_faster_than_the_profile_says_are_fitted_all_the_same() -> None:
+    # Small messages took less than the profile's latency: nothing was left to fit to.
+    sizes = [1 << power for power in range(12, 24)]
+    samples = [_sent(size, 40_000 + size // 4) for size in sizes]
+    found = calibrate(samples, _links(100_000))
+    assert found.held_out_error[OperatorClass.SEND] < 0.01
+    assert found.profile.spec.link_latency_ns <= 40_000 + sizes[0] // 4
+
+
+def test_samples_that_the_machine_disturbed_do_not_bend_the_fit() -> None:
+    sizes = [1 << power for power in range(12, 24)]
+    times = [40_000 + size // 4 for size in sizes]
+    times[1], times[6] = 3_000_000, 4_000_000  # a time slice of another process
+    found = calibrate([*map(_sent, sizes, times)], _links(10_000))
+    assert found.held_out_error[OperatorClass.SEND] < 0.03
+
+
+def test_copies_refer_to_the_link_to_the_host() -> None:
+    sizes = [1 << power for power in range(12, 24)]
+    samples = [
+        Sample(operator=host_copy(size), times_ns={Phase.FORWARD: 5_000 + size // 8})
+        for size in sizes
+    ]
+    found = calibrate(samples, PROFILE)
+    assert found.held_out_error[OperatorClass.HOST_COPY] < 0.01
+    factors = found.profile.factors_of(OperatorClass.HOST_COPY)
+    rate = PROFILE.spec.host_bandwidth * factors.network_permille // 1000
+    assert rate == pytest.approx(8_000_000_000, rel=0.01)
+
+
 def test_too_few_samples_are_refused() -> None:
     with pytest.raises(ConfigError, match="3 samples of elementwise"):
         calibrate([_sample(_sum(size)) for size in (10, 20, 30)], PROFILE)
@@ -150,10 +202,11 @@ def test_measured_operators_can_be_fitted() -> None:
         OperatorClass.GATED_ACTIVATION,
         OperatorClass.ATTENTION,
         OperatorClass.SOFTMAX,
+        OperatorClass.HOST_COPY,
     }
     for one in samples:
         assert one.times_ns[Phase.FORWARD] > 0
-        assert one.times_ns[Phase.INPUT_GRAD] > 0
+        assert (one.times_ns[Phase.INPUT_GRAD] > 0) == (one.operator.input_grad != NO_WORK)
         assert (one.times_ns[Phase.WEIGHT_GRAD] > 0) == (one.operator.weight_grad != NO_WORK)
     fitted = calibrate(samples, PROFILE).profile
     assert set(PROFILE.factors) <= set(fitted.factors)
