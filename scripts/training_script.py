@@ -78,9 +78,9 @@ def on_device(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The microbatch's tensors, one per item or one for all, on this rank's device."""
     return {
         name: (
-            tuple(each.cuda(non_blocking=True) for each in one)
-            if isinstance(one, tuple)
-            else one.cuda(non_blocking=True)
+            one.cuda(non_blocking=True)
+            if isinstance(one, torch.Tensor)
+            else tuple(each.cuda(non_blocking=True) for each in one)
         )
         for name, one in batch.items()
     }

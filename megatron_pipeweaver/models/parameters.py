@@ -51,11 +51,11 @@ def initialize_by_name(chunks: Sequence[ModelChunk], seed: int) -> None:
     with torch.no_grad():
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
-                key = _tied_name(chunk, global_name(chunk, name))
+                key = tied_name(chunk, global_name(chunk, name))
                 parameter.copy_(_initial_value(chunk, key, parameter, seed))
 
 
-def _tied_name(chunk: ModelChunk, name: str) -> str:
+def tied_name(chunk: ModelChunk, name: str) -> str:
     """`name`, or that of the embedding where `name` is its copy in the output layer."""
     if not chunk.share_embeddings_and_output_weights:
         return name

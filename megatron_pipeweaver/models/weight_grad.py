@@ -178,10 +178,8 @@ class _Linear:
             group=options["tp_group"],
         )
         # No edge to the weight: its hooks run when its gradient is there.
-        output: Tensor = _LinearInputGrad.apply(  # type: ignore[no-untyped-call]
-            input, weight.detach(), options["bias"], call
-        )
-        return output
+        apply: Callable[..., Tensor] = _LinearInputGrad.apply
+        return apply(input, weight.detach(), options["bias"], call)
 
 
 class _LinearInputGrad(torch.autograd.Function):

@@ -31,7 +31,7 @@ from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleKind, ModuleSpec
 from megatron_pipeweaver.models.chunk import ChunkSetting, ModelChunk, run_block
 from megatron_pipeweaver.models.configs import ChunkLayers
 from megatron_pipeweaver.models.options import ModelOptions
-from megatron_pipeweaver.models.parameters import global_name
+from megatron_pipeweaver.models.parameters import global_name, tied_name
 from megatron_pipeweaver.models.strategy import StrategyLayer
 from megatron_pipeweaver.plugin.data import DescribeMicrobatch
 from megatron_pipeweaver.plugin.patching import Patch, PatchSet
@@ -124,8 +124,9 @@ class Llava:
 
         def build(groups: Any) -> list[ModelChunk]:
             given, frozen = captured(args, original)
+            model = tied(spec, given)
             chunks = [
-                _CHUNKS[place.module](_setting(spec, layout, place, given, groups), given)
+                _CHUNKS[place.module](_setting(model, layout, place, given, groups), given)
                 for place in layout.chunks_of_rank(groups.pp.rank())
             ]
             if args.use_cpu_initialization:
@@ -214,6 +215,16 @@ def captured(
     if getattr(given["vision_transformer_config"], "vision_model_type", "clip") != "clip":
         raise ConfigError("--pipeweaver: only a LLaVAModel with a CLIP encoder can be cut")
     return given, frozenset(name for name, is_frozen in frozen.items() if is_frozen)
+
+
+def tied(spec: ModelSpec, given: Given) -> ModelSpec:
+    """`spec`, whose language model has tied embeddings if the script's has.
+
+    Only the script knows; plans need not, since a pipeline holds both copies.
+    """
+    shares = bool(given.get("share_embeddings_and_output_weights"))
+    language = replace(spec.backbone, tied_embeddings=shares)
+    return replace(spec, modules=(*spec.modules[:-1], language))
 
 
 def freeze(chunks: Sequence[ModelChunk], parts: Collection[str]) -> None:
@@ -432,4 +443,4 @@ def copy_initial_values(chunks: Sequence[ModelChunk], given: Given, groups: Any,
     with torch.no_grad():
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
-                parameter.copy_(values[global_name(chunk, name)])
+                parameter.copy_(values[tied_name(chunk, global_name(chunk, name))])

@@ -7,7 +7,7 @@ whatever memory strategy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,10 +30,9 @@ class Entry:
     def begin(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """`inputs`, cut off from their senders' graphs; the wanted ones begin a graph here."""
         anchor = torch.empty(0, requires_grad=True)
+        begin: Callable[..., Tensor] = _Begin.apply
         return tuple(
-            _Begin.apply(anchor, one, self._caught, index)  # type: ignore[no-untyped-call]
-            if wanted
-            else one.detach()
+            begin(anchor, one, self._caught, index) if wanted else one.detach()
             for index, (one, wanted) in enumerate(zip(inputs, self._wanted, strict=True))
         )
 

@@ -13,6 +13,7 @@ import torch
 from tests.distributed.harness import run_on_ranks
 from tests.distributed.jobs import CONFIG, RUNS
 from tests.distributed.pretraining import ENVIRONMENT, Heard, train
+from tests.photographs import make_dataset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     directory = tmp_path_factory.mktemp("jobs")
     (directory / "pipeweaver.json").write_text(CONFIG)
     make_qwen2_vl(directory)
+    make_dataset(directory / "photographs")
     found = run_on_ranks(
         train,
         4,

@@ -113,19 +113,42 @@ DUTIES: Mapping[str, Run] = {
 }
 UNTIED = ["--untie-embeddings-and-output-weights"]
 LLAVA_LAYOUTS: Mapping[str, list[str]] = {
-    "PP 2 x DP 2": pipeline(2, *UNTIED, *OVERLAP),
-    "PP 4": [*pipeline(4, *UNTIED), "--pipeweaver-fallback", "static"],
+    "PP 2 x DP 2": pipeline(2, *OVERLAP),
+    "PP 4": [*pipeline(4), "--pipeweaver-fallback", "static"],
+}
+LLAVA_MODELS: Mapping[str, list[str]] = {
+    "": UNTIED,
+    " tied": [],
+    " frozen LM": [*UNTIED, "--freeze-LM"],
+    " frozen ViT": [*UNTIED, "--freeze-ViT"],
 }
 LLAVA: Mapping[str, Run] = {
-    f"llava{name}, {layout}": Run(flags=[*flags, *more], iterations=3, script="llava_script.py")
-    for layout, flags in {"plain": UNTIED, **LLAVA_LAYOUTS}.items()
-    for name, more in {
-        "": [],
-        " frozen LM": ["--freeze-LM"],
-        " frozen ViT": ["--freeze-ViT"],
-    }.items()
-    if layout != "PP 4" or not more
+    f"llava{name}, {layout}": Run(
+        flags=[*flags, *more], iterations=20 if "tied" in name else 3, script="llava_script.py"
+    )
+    for layout, flags in {"plain": [], **LLAVA_LAYOUTS}.items()
+    for name, more in LLAVA_MODELS.items()
+    if layout != "PP 4" or "frozen" not in name
 }
+PHOTOGRAPHS = [
+    *TWO,
+    *shlex.split(
+        "--energon {directory}/photographs --dataloader-save {directory}/photographs-read "
+        "--packing-buffer 8 --vocab-size 256 --seq-length 160 --max-position-embeddings 160 "
+        "--eval-iters 0 --ckpt-format torch_dist --img-h 16 --img-w 24 --spatial-merge-size 2 "
+        "--vision-rotary --dynamic-image-sizes --position-embedding-type mrope "
+        "--mrope-section 1 1 2"
+    ),
+]
+ENERGON: Mapping[str, Run] = {
+    "energon": Run(
+        flags=[*PHOTOGRAPHS, "--save", "{directory}/packed", "--save-interval", "3"], iterations=8
+    ),
+    "energon, resumed": Run(
+        flags=[*PHOTOGRAPHS, "--load", "{directory}/packed", "--ckpt-step", "3"], iterations=8
+    ),
+}
+"""On a data set that `conftest` builds of photographs."""
 QWEN_SIZES = shlex.split(
     "--encoder-num-layers 3 --decoder-num-layers 3 --hidden-size 32 --ffn-hidden-size 48 "
     "--img-h 16 --img-w 24 --patch-dim 4 --spatial-merge-size 2 --seq-length 48 "
@@ -155,4 +178,13 @@ QWEN: Mapping[str, Run] = {
         "qwen-like, PP 4": [*QWEN_LIKE, *pipeline(4)],
     }.items()
 }
-RUNS: Mapping[str, Run] = {**PLAIN, **IMAGES, **TEXT, **RESUMED, **DUTIES, **LLAVA, **QWEN}
+RUNS: Mapping[str, Run] = {
+    **PLAIN,
+    **IMAGES,
+    **TEXT,
+    **RESUMED,
+    **DUTIES,
+    **LLAVA,
+    **ENERGON,
+    **QWEN,
+}

@@ -45,6 +45,7 @@ def model_provider(pre_process=True, post_process=True, config=None, pg_collecti
         img_h=args.img_h,
         img_w=args.img_w,
         patch_dim=args.patch_dim,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
     )
     model.freeze(
         freeze_language_model=args.freeze_LM,

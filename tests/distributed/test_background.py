@@ -31,14 +31,13 @@ from tests.distributed.training import (
     Case,
     Microbatch,
     Trainer,
-    describe,
     forward_step,
     installed,
     masked_mean,
     megatron_ranks,
     schedule_for,
 )
-from tests.unit.models.examples import batch, cut, vision_language
+from tests.unit.models.examples import batch, cut, describe, vision_language
 
 MS = 1_000_000
 ITERATIONS = 6

@@ -13,7 +13,6 @@ TWO_ENCODERS = Case(
     spec=sounds.vision_audio_language(),
     layout=cut(2, vision=(1, 1, 1, 0), audio=(1, 1), language=(2, 1, 1, 1)),
     options=sounds.TWO_ENCODERS,
-    describe=sounds.describe,
     draw=sounds.random_mixes,
     split=True,
 )
@@ -21,7 +20,6 @@ ONE_ENCODER_FROZEN = Case(
     spec=sounds.vision_audio_language(frozen=True),
     layout=cut(2, vision=(2, 1), audio=(0, 2), language=(3, 2)),
     options=sounds.TWO_ENCODERS,
-    describe=sounds.describe,
     draw=sounds.random_mixes,
 )
 VIDEOS = Case(

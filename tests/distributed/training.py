@@ -24,7 +24,6 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from megatron_pipeweaver.config import SearchConfig
-from megatron_pipeweaver.ir.batch import Item, MicrobatchMetadata
 from megatron_pipeweaver.ir.cluster import ParallelSizes
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleSpec
@@ -40,10 +39,9 @@ from megatron_pipeweaver.plugin.data import DescribeMicrobatch
 from megatron_pipeweaver.plugin.install import install, run_on_cpu, uninstall
 from megatron_pipeweaver.plugin.schedule import PipeWeaverSchedule
 from megatron_pipeweaver.semu.interface import Load, StageShape
-from tests.unit.models.examples import OPTIONS, TOKENS_PER_IMAGE, batch, one_pass
+from tests.unit.models.examples import OPTIONS, batch, describe, one_pass
 
 Microbatch = Mapping[str, Any]
-UNITS_PER_IMAGE = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,18 +111,6 @@ def megatron_ranks(
             yield default_pg_collection()
         finally:
             parallel_state.destroy_model_parallel()
-
-
-def describe(microbatch: Microbatch) -> MicrobatchMetadata:
-    """Metadata off the tensors' shapes."""
-    samples, length = microbatch["tokens"].shape
-    images = len(microbatch["images"])
-    item = Item(units=UNITS_PER_IMAGE, tokens=TOKENS_PER_IMAGE)
-    return MicrobatchMetadata(
-        sequence_length=length,
-        samples=samples,
-        items={"vision": (item,) * images} if images else {},
-    )
 
 
 def random_batch(rng: random.Random, dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_pipeweaver.ir.batch import Item, MicrobatchMetadata
 from megatron_pipeweaver.ir.layout import ChunkLayout, ModuleLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleKind, ModuleSpec
 from megatron_pipeweaver.ir.plan import PassPayload, PlanPass
@@ -20,6 +21,10 @@ from megatron_pipeweaver.models.parameters import global_parameters, initialize_
 IMAGE = 40
 VOCABULARY = 32
 TOKENS_PER_IMAGE = 4
+
+TOKENS_PER_SOUND = 9
+_ENCODERS = {"vision": ("images", TOKENS_PER_IMAGE), "audio": ("sounds", TOKENS_PER_SOUND)}
+"""Keys of a microbatch, and tokens of an item, by module."""
 
 OPTIONS = ModelOptions(
     params_dtype=torch.float64,
@@ -101,6 +106,21 @@ def batch(images: int, *, samples: int = 1, text: int = 7, seed: int = 0) -> dic
     }
 
 
+def describe(microbatch: Mapping[str, Any]) -> MicrobatchMetadata:
+    """Metadata off the tensors' shapes; an image has as many patches as tokens."""
+    samples, length = microbatch["tokens"].shape
+    counts = {name: len(microbatch.get(key, ())) for name, (key, _) in _ENCODERS.items()}
+    return MicrobatchMetadata(
+        sequence_length=length,
+        samples=samples,
+        items={
+            name: (Item(units=tokens, tokens=tokens),) * counts[name]
+            for name, (_, tokens) in _ENCODERS.items()
+            if counts[name]
+        },
+    )
+
+
 def one_pass(
     module: str, start: int, stop: int, sub_microbatch: int = 0, after: Sequence[str] = ()
 ) -> PlanPass:
@@ -133,24 +153,32 @@ class Model:
         mine = [chunk for chunk in self.chunks if chunk.place.module == module]
         return sorted(mine, key=lambda chunk: chunk.place.stage)
 
-    def run(self, microbatch: Mapping[str, Tensor], sub_microbatch: int = 100) -> Tensor:
-        """The backbone's output."""
-        images = len(microbatch["images"])
-        features = []
-        for start in range(0, images, sub_microbatch):
-            stop = min(start + sub_microbatch, images)
-            features.append(self._through("vision", microbatch, None, (start, stop)))
-        return self._through("language", microbatch, features, (0, len(microbatch["tokens"])))
+    def run(self, microbatch: Mapping[str, Any], sub_microbatch: int = 100) -> Tensor:
+        """The backbone's output; encoders work on so many items a pass."""
+        *encoders, backbone = (one.module for one in self.layout.modules)
+        features, sources = [], []
+        for module in encoders:
+            count = self.stages(module)[0].count_items(microbatch)
+            for start in range(0, count, sub_microbatch):
+                items = (start, min(start + sub_microbatch, count))
+                features.append(self._through(module, microbatch, None, items))
+                sources.append(module)
+        return self._through(backbone, microbatch, features, (0, 1), sources)
 
-    def loss(self, microbatch: Mapping[str, Tensor], sub_microbatch: int = 100) -> Tensor:
+    def loss(self, microbatch: Mapping[str, Any], sub_microbatch: int = 100) -> Tensor:
         losses = self.run(microbatch, sub_microbatch)
         return (losses * microbatch["loss_mask"]).sum() / microbatch["loss_mask"].sum()
 
     def _through(
-        self, module: str, microbatch: Mapping[str, Tensor], tensors: Any, items: tuple[int, int]
+        self,
+        module: str,
+        microbatch: Mapping[str, Any],
+        tensors: Any,
+        items: tuple[int, int],
+        after: Sequence[str] = (),
     ) -> Tensor:
         for chunk in self.stages(module):
-            chunk.set_pass(one_pass(module, *items))
+            chunk.set_pass(one_pass(module, *items, after=after))
             chunk.set_input_tensor(tensors)
             tensors = chunk(microbatch)
         return tensors

@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_pipeweaver.ir.batch import Item, MicrobatchMetadata
 from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleKind, ModuleSpec
 from megatron_pipeweaver.models.options import EncoderOptions
-from tests.unit.models.examples import IMAGE, OPTIONS, VOCABULARY, vision_language
+from tests.unit.models.examples import (
+    IMAGE,
+    OPTIONS,
+    TOKENS_PER_IMAGE,
+    TOKENS_PER_SOUND,
+    VOCABULARY,
+    vision_language,
+)
 
 SOUND = IMAGE + 1
 TWO_ENCODERS = replace(
@@ -20,7 +26,7 @@ TWO_ENCODERS = replace(
         "audio": EncoderOptions(images="sounds", image_size=6, token_id=SOUND),
     },
 )
-_TOKENS = {IMAGE: 4, SOUND: 9}
+_TOKENS = {IMAGE: TOKENS_PER_IMAGE, SOUND: TOKENS_PER_SOUND}
 
 
 def vision_audio_language(*, frozen: bool = False) -> ModelSpec:
@@ -60,19 +66,6 @@ def mixed_batch(images: int, sounds: int, *, text: int = 6, seed: int = 0) -> di
         "images": torch.randn(images, 3, 4, 4, generator=generator, dtype=torch.float64),
         "sounds": torch.randn(sounds, 1, 6, 6, generator=generator, dtype=torch.float64),
     }
-
-
-def describe(microbatch: Any) -> MicrobatchMetadata:
-    """Metadata off the tensors' shapes."""
-    counts = {"vision": (len(microbatch["images"]), 4), "audio": (len(microbatch["sounds"]), 9)}
-    return MicrobatchMetadata(
-        sequence_length=microbatch["tokens"].shape[1],
-        items={
-            name: (Item(units=size, tokens=size),) * count
-            for name, (count, size) in counts.items()
-            if count
-        },
-    )
 
 
 def random_mixes(rng: random.Random, dtype: torch.dtype) -> list[dict[str, Any]]:

@@ -18,12 +18,11 @@ from megatron_pipeweaver.semu.interface import StageShape
 from megatron_pipeweaver.semu.options import RunOptions
 from megatron_pipeweaver.semu.stages import stage_parts
 from megatron_pipeweaver.semu.work import Phase
-from tests.unit.models.examples import cut
+from tests.unit.models.examples import Model, cut
 from tests.unit.models.videos import (
     OPTIONS,
     PROMPTS,
     VOCABULARY,
-    VideoModel,
     clip_batch,
     describe,
     text_to_video,
@@ -42,8 +41,8 @@ CUTS = {
 @pytest.mark.parametrize("name", CUTS)
 def test_every_cut_is_the_same_model(groups, name, modulation):
     spec = text_to_video(modulation=modulation)
-    whole = VideoModel(spec, WHOLE, groups, OPTIONS)
-    parts = VideoModel(spec, CUTS[name], groups, OPTIONS)
+    whole = Model(spec, WHOLE, groups, OPTIONS)
+    parts = Model(spec, CUTS[name], groups, OPTIONS)
     for clips, seed in ((4, 1), (1, 2)):
         microbatch = clip_batch(clips, seed=seed)
         expected, found = whole.loss(microbatch), parts.loss(microbatch)
@@ -59,10 +58,10 @@ def test_every_cut_is_the_same_model(groups, name, modulation):
 
 
 @pytest.fixture(scope="module")
-def model(one_process) -> VideoModel:
+def model(one_process) -> Model:
     spec = text_to_video()
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return VideoModel(spec, CUTS["K 1 and 2"], groups, OPTIONS)
+    return Model(spec, CUTS["K 1 and 2"], groups, OPTIONS)
 
 
 def gradients_of(model, microbatch, sub_microbatch=100):
@@ -136,7 +135,7 @@ def test_without_prompts_nothing_is_cross_attended(model):
 
 
 def test_a_frozen_text_encoder_learns_nothing(groups):
-    model = VideoModel(text_to_video(frozen=True), CUTS["two ranks"], groups, OPTIONS)
+    model = Model(text_to_video(frozen=True), CUTS["two ranks"], groups, OPTIONS)
     _, found = gradients_of(model, clip_batch(3))
     assert {name.split(".")[0] for name in found} == {"video_model"}
     # The width's change stands in the diffusion model, which learns it.
@@ -163,7 +162,7 @@ def test_every_memory_strategy_has_the_same_gradients(model, strategy):
 @pytest.mark.parametrize("modulation", Modulation)
 def test_plans_know_the_shapes_that_chunks_make(groups, modulation, projected):
     spec = text_to_video(modulation=modulation, projected=projected)
-    model = VideoModel(spec, CUTS["K 1 and 2"], groups, OPTIONS)
+    model = Model(spec, CUTS["K 1 and 2"], groups, OPTIONS)
     for clips, prompts in ((3, (4, 4, 4)), (4, PROMPTS), (2, ())):
         microbatch = clip_batch(clips, prompts=prompts)
         planned = make_workload(
@@ -208,7 +207,7 @@ class Free:
 @pytest.mark.parametrize("modulation", Modulation)
 def test_semu_counts_the_flops_of_the_whole_model(groups, modulation):
     spec = text_to_video(modulation=modulation)
-    model = VideoModel(spec, WHOLE, groups, OPTIONS)
+    model = Model(spec, WHOLE, groups, OPTIONS)
     microbatch = clip_batch(3, prompts=(4, 4, 4))
     with FlopCounterMode(display=False) as counter:
         model.run(microbatch)
@@ -233,15 +232,15 @@ def test_every_cut_has_the_same_checkpoint_keys(groups):
             if isinstance(one, ShardedTensor)
         }
 
-    expected = shards(VideoModel(text_to_video(), WHOLE, groups, OPTIONS))
+    expected = shards(Model(text_to_video(), WHOLE, groups, OPTIONS))
     assert {key.split(".")[0] for key, *_ in expected} == {"text_model", "video_model"}
     for layout in CUTS.values():
-        assert shards(VideoModel(text_to_video(), layout, groups, OPTIONS)) == expected
+        assert shards(Model(text_to_video(), layout, groups, OPTIONS)) == expected
 
 
 def test_bfloat16(groups):
     options = replace(OPTIONS, params_dtype=torch.bfloat16)
-    model = VideoModel(text_to_video(), CUTS["two ranks"], groups, options)
+    model = Model(text_to_video(), CUTS["two ranks"], groups, options)
     losses = model.run(clip_batch(2))
     assert losses.dtype == torch.float32
     losses.mean().backward()
@@ -283,7 +282,7 @@ def test_places_are_told_apart(width):
 )
 def test_what_cannot_be_built_is_refused(groups, changes, message):
     with pytest.raises(ConfigError, match=message):
-        VideoModel(changed(**changes), WHOLE, groups, OPTIONS)
+        Model(changed(**changes), WHOLE, groups, OPTIONS)
 
 
 def changed(**changes) -> ModelSpec:
@@ -294,7 +293,7 @@ def changed(**changes) -> ModelSpec:
 def test_sequence_parallelism_is_refused(groups):
     common = {**OPTIONS.common, "sequence_parallel": True, "tensor_model_parallel_size": 2}
     with pytest.raises(ConfigError, match="without sequence parallelism"):
-        VideoModel(text_to_video(), WHOLE, groups, replace(OPTIONS, common=common))
+        Model(text_to_video(), WHOLE, groups, replace(OPTIONS, common=common))
 
 
 def test_misuse_is_refused_by_name(model):

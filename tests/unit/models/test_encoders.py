@@ -16,27 +16,11 @@ CUTS = {
 }
 
 
-class MixedModel(Model):
-    def run(self, microbatch, sub_microbatch=100):
-        features, sources = [], []
-        for module, key in (("vision", "images"), ("audio", "sounds")):
-            count = len(microbatch[key])
-            for start in range(0, count, sub_microbatch):
-                items = (start, min(start + sub_microbatch, count))
-                features.append(self._through(module, microbatch, None, items))
-                sources.append(module)
-        for chunk in self.stages("language"):
-            chunk.set_pass(one_pass("language", 0, 1, after=sources))
-            chunk.set_input_tensor(features)
-            features = chunk(microbatch)
-        return features
-
-
 @pytest.mark.parametrize("name", CUTS)
 def test_every_cut_is_the_same_model(groups, name):
     spec = vision_audio_language()
-    whole = MixedModel(spec, WHOLE, groups, TWO_ENCODERS)
-    parts = MixedModel(spec, CUTS[name], groups, TWO_ENCODERS)
+    whole = Model(spec, WHOLE, groups, TWO_ENCODERS)
+    parts = Model(spec, CUTS[name], groups, TWO_ENCODERS)
     for images, sounds in ((3, 2), (0, 2), (2, 0), (0, 0)):
         microbatch = mixed_batch(images, sounds, seed=images)
         expected, found = whole.loss(microbatch), parts.loss(microbatch)
@@ -58,7 +42,7 @@ def test_every_cut_is_the_same_model(groups, name):
 
 
 def test_each_encoder_fills_its_own_places(groups):
-    language = MixedModel(vision_audio_language(), WHOLE, groups, TWO_ENCODERS).stages("language")
+    language = Model(vision_audio_language(), WHOLE, groups, TWO_ENCODERS).stages("language")
     seen = []
     layers = language[0].layers[0]
     layers.register_forward_pre_hook(
@@ -77,7 +61,7 @@ def test_each_encoder_fills_its_own_places(groups):
 
 
 def test_who_made_an_input_must_be_known(groups):
-    language = MixedModel(vision_audio_language(), WHOLE, groups, TWO_ENCODERS).stages("language")
+    language = Model(vision_audio_language(), WHOLE, groups, TWO_ENCODERS).stages("language")
     language[0].set_input_tensor([torch.zeros(4, 1, 12, dtype=torch.float64)])
     with pytest.raises(ConfigError, match="1 inputs from 0 known modules"):
         language[0](mixed_batch(1, 0))
@@ -85,10 +69,10 @@ def test_who_made_an_input_must_be_known(groups):
 
 def test_encoders_have_token_ids_of_their_own(groups):
     with pytest.raises(ConfigError, match="share token ids"):
-        MixedModel(vision_audio_language(), WHOLE, groups, replace(TWO_ENCODERS, encoders={}))
+        Model(vision_audio_language(), WHOLE, groups, replace(TWO_ENCODERS, encoders={}))
 
 
 def test_an_encoder_without_its_images_says_which(groups):
-    audio = MixedModel(vision_audio_language(), WHOLE, groups, TWO_ENCODERS).stages("audio")[0]
+    audio = Model(vision_audio_language(), WHOLE, groups, TWO_ENCODERS).stages("audio")[0]
     with pytest.raises(ConfigError, match="audio0: the microbatch has no 'sounds'"):
         audio({"images": mixed_batch(1, 0)["images"]})

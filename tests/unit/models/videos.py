@@ -1,4 +1,4 @@
-"""A small text-to-video model, its batches, and the plainest way to run its chunks."""
+"""A small text-to-video model and its batches."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,6 @@ from megatron_pipeweaver.ir.batch import Item, MicrobatchMetadata
 from megatron_pipeweaver.ir.lmm import LayerOptions, ModelSpec, Modulation, ModuleKind, ModuleSpec
 from megatron_pipeweaver.models.options import ModelOptions
 from megatron_pipeweaver.models.parameters import initialize_by_name
-from tests.unit.models.examples import Model
 
 VOCABULARY = 16
 OPTIONS = ModelOptions(
@@ -103,18 +102,3 @@ def random_clips(rng: random.Random, dtype: torch.dtype) -> list[dict[str, Any]]
             one[name] = tuple(values.to(dtype) for values in one[name])
         made.append(one)
     return made
-
-
-class VideoModel(Model):
-    """All ranks' chunks in one process, stage after stage."""
-
-    def run(self, microbatch: Mapping[str, Any], sub_microbatch: int = 100) -> Tensor:
-        prompts = len(microbatch["prompts"])
-        features = []
-        for start in range(0, prompts, sub_microbatch):
-            stop = min(start + sub_microbatch, prompts)
-            features.append(self._through("text", microbatch, None, (start, stop)))
-        return self._through("video", microbatch, features, (0, 1))
-
-    def loss(self, microbatch: Mapping[str, Any], sub_microbatch: int = 100) -> Tensor:
-        return self.run(microbatch, sub_microbatch).mean()

@@ -22,13 +22,12 @@ from tests.distributed.training import (
     Case,
     OneProcess,
     RandomCosts,
-    describe,
     forward_step,
     masked_mean,
     masked_sum,
     random_batch,
 )
-from tests.unit.models.examples import batch, cut, language_only, vision_language
+from tests.unit.models.examples import batch, cut, describe, language_only, vision_language
 
 F, B, W = OpKind.F, OpKind.B, OpKind.W
 
