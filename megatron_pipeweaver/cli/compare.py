@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
     for one in schedules.values():
         check_schedule(problem, one)
     recut = contiguous(problem)
-    schedules["one f one b, contiguous cut"] = schedule(recut, "one_f_one_b")
-    check_schedule(recut, schedules["one f one b, contiguous cut"])
+    schedules["contiguous 1F1B"] = schedule(recut, "one_f_one_b")
+    check_schedule(recut, schedules["contiguous 1F1B"])
     print(
         comparison_table(
             [ScheduleRow.of(name, one) for name, one in schedules.items()],

@@ -67,10 +67,12 @@ def segment_limits(model: ModelSpec, pipeline_size: int) -> dict[str, int]:
     return {module.name: max(1, module.layers // pipeline_size) for module in model.modules}
 
 
-def cut_layers(layers: int, stages: int) -> tuple[int, ...]:
-    """Layers per stage: as even as can be, the longer stages first, zeros where layers run out.
+def cut_layers(layers: int, stages: int, *, shorter_last: bool = False) -> tuple[int, ...]:
+    """Layers per stage: as even as can be, the shorter stages first, zeros where layers run out.
 
-    The last stage also holds the head (or the projector), so it is the first to go short.
+    What the first stage keeps, it keeps the longest: from its forward to the last backward of the
+    microbatch. So a layer less there makes the most room. With `shorter_last` the last stages go
+    short instead: where the very last one has a head to work on as well.
 
     Raises:
         ConfigError: `layers` is negative or `stages` is below one.
@@ -78,7 +80,8 @@ def cut_layers(layers: int, stages: int) -> tuple[int, ...]:
     if layers < 0 or stages < 1:
         raise ConfigError(f"cut {layers} layers into {stages} stages: need >= 0 and >= 1")
     small, longer = divmod(layers, stages)
-    return tuple(small + (stage < longer) for stage in range(stages))
+    falling = tuple(small + (stage < longer) for stage in range(stages))
+    return falling if shorter_last else falling[::-1]
 
 
 def make_layout(model: ModelSpec, pipeline_size: int, segments: Mapping[str, int]) -> ChunkLayout:
@@ -114,7 +117,12 @@ def make_layout(model: ModelSpec, pipeline_size: int, segments: Mapping[str, int
             ModuleLayout(
                 module=module.name,
                 segments=wanted,
-                layers=cut_layers(module.layers, pipeline_size * wanted),
+                layers=cut_layers(
+                    module.layers,
+                    pipeline_size * wanted,
+                    # The head of a language model takes as long as layers do.
+                    shorter_last=module.vocab_size is not None and module.output_size is None,
+                ),
             )
         )
     return ChunkLayout(pipeline_size=pipeline_size, modules=tuple(cuts))
