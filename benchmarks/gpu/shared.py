@@ -46,7 +46,7 @@ from megatron_pipeweaver.runtime.transfer import ProcessGroupTransport
 from megatron_pipeweaver.semu.calibration import calibrate
 from megatron_pipeweaver.semu.devices import DeviceProfile, load_device
 from megatron_pipeweaver.semu.options import RunOptions
-from megatron_pipeweaver.semu.probes import measure
+from megatron_pipeweaver.semu.probes import ProbeRounds
 from tests.distributed.harness import RankContext, run_on_ranks
 from tests.distributed.training import Case, Microbatch, Trainer, installed, megatron_ranks
 from tests.unit.models.examples import (
@@ -184,10 +184,23 @@ class PlansAhead(InProcessSource):
         return answer
 
 
+def run_options() -> RunOptions:
+    """How Megatron's own layers run here: nothing fused, in bf16 on a GPU."""
+    on_gpu = torch.cuda.is_available()
+    options = RunOptions.unfused(element_bytes=2 if on_gpu else 4)
+    return dataclasses.replace(
+        options,
+        mask_bytes=1 if on_gpu else options.mask_bytes,
+        parallel=ParallelSizes(pipeline=RANKS),
+    )
+
+
 def calibrated(size: Size, device: str) -> DeviceProfile:
-    """This process's share of the device as it is, measured alone."""
-    samples = measure(device, sizes=size.probes, repeats=3)
-    return calibrate(samples, load_device(found_device())).profile
+    """This process's share of the device as it is: the layers' operators, measured alone."""
+    rounds = ProbeRounds(device, size.probes, options=run_options())
+    for _ in range(3):
+        rounds.run()
+    return calibrate(rounds.samples(), load_device(found_device())).profile
 
 
 def free_bytes(on_gpu: bool) -> int:
@@ -200,18 +213,11 @@ def free_bytes(on_gpu: bool) -> int:
 
 def planner_for(case: Case, profile: DeviceProfile, capacity_bytes: int, search_ns: int) -> Planner:
     """The planner that training would have, with measured costs."""
-    on_gpu = torch.cuda.is_available()
-    options = RunOptions.unfused(element_bytes=2 if on_gpu else 4)
-    options = dataclasses.replace(
-        options,
-        mask_bytes=1 if on_gpu else options.mask_bytes,
-        parallel=ParallelSizes(pipeline=RANKS),
-    )
     dtype = str(case.options.params_dtype).removeprefix("torch.")
     return PlannerSettings(
         model=case.spec,
         layout=case.layout,
-        costs=CostSettings(device=profile, options=options),
+        costs=CostSettings(device=profile, options=run_options()),
         sub_microbatch={one.name: case.images_per_pass for one in case.spec.modules[:-1]},
         memory_capacity_bytes=(capacity_bytes,) * RANKS,
         dtypes={one.name: dtype for one in case.spec.modules},
