@@ -43,7 +43,7 @@ from megatron_pipeweaver.plugin.data import data_state_hook
 from megatron_pipeweaver.plugin.dry_run import plan_batches, play_first_rank
 from megatron_pipeweaver.plugin.install import install, is_patched_fork, run_on_cpu, uninstall
 from megatron_pipeweaver.plugin.journal import Journal, megatron_writer
-from megatron_pipeweaver.plugin.node import host_share_bytes
+from megatron_pipeweaver.plugin.node import host_share_bytes, search_threads
 from megatron_pipeweaver.plugin.patching import Patch, PatchSet
 from megatron_pipeweaver.plugin.providers import ModelFamily
 from megatron_pipeweaver.plugin.schedule import PipeWeaverSchedule
@@ -304,7 +304,8 @@ def plan_source(ours: PipeWeaverArguments, settings: PlannerSettings) -> PlanSou
     if bound_ms is None:
         return InProcessSource(settings.make())
     return BackgroundSource(
-        settings, BackgroundConfig(wait_ns=bound_ms * 1_000_000, details=ours.trace_dir is not None)
+        settings.with_threads(search_threads(settings.costs.options.parallel)),
+        BackgroundConfig(wait_ns=bound_ms * 1_000_000, details=ours.trace_dir is not None),
     )
 
 
