@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from megatron_pipeweaver.compiler.verify import verify
@@ -72,8 +74,10 @@ def decode(data: bytes, source: str = "plan from the planning rank") -> Received
         WIRE_FORMAT,
         {"batch_digest", "baselines", "lower_bound_ns", "bubble_ppm", "search_ns", "origin"},
     )
+    with without_collections():
+        plan = verify(plan_from_json(body, source))
     return ReceivedPlan(
-        plan=verify(plan_from_json(body, source)),
+        plan=plan,
         batch_digest=root["batch_digest"].text(),
         baselines={name: node.integer() for name, node in root["baselines"].entries()},
         lower_bound_ns=root["lower_bound_ns"].integer(),
@@ -81,6 +85,22 @@ def decode(data: bytes, source: str = "plan from the planning rank") -> Received
         search_ns=root["search_ns"].integer(),
         origin=_origin(root["origin"]),
     )
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Python looks for no cyclic garbage meanwhile.
+
+    A plan is tens of thousands of objects in no cycle, and each search would go through all that
+    training holds as well.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _origin(node: JsonNode) -> PlanOrigin:

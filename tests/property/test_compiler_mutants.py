@@ -409,7 +409,7 @@ def test_groups_pass_only_if_they_run(seed: int) -> None:
 
 def test_groups_that_deadlock_are_refused_as_rings() -> None:
     rings = passed = 0
-    for seed in range(60):
+    for seed in range(25):
         plan = draw_sample(random.Random(seed)).plan()
         for one, other in _neighbours(plan):
             mutant = _join(plan, one, other)
@@ -421,8 +421,8 @@ def test_groups_that_deadlock_are_refused_as_rings() -> None:
                     assert not _runs(mutant, random.Random(0))
             else:
                 passed += 1
-    assert rings > 20
-    assert passed > 20
+    assert rings > 10
+    assert passed > 10
 
 
 # --- the oracle ----------------------------------------------------------------------------------

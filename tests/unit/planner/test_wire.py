@@ -1,9 +1,11 @@
+import gc
 import json
 
 import pytest
 
 from megatron_pipeweaver.errors import ConfigError, PlanInvalidError
 from megatron_pipeweaver.ir.plan import VerifiedPlan
+from megatron_pipeweaver.planner import wire
 from megatron_pipeweaver.planner.wire import WIRE_FORMAT, decode, encode, encode_failure
 from tests.unit.planner.examples import batch_of, make_planner
 
@@ -107,3 +109,25 @@ def test_a_plan_that_breaks_a_rule_is_refused(data):
 def test_a_plan_alone_is_no_message(data):
     with pytest.raises(ConfigError, match="this reader takes"):
         decode(data.partition(b"\n")[2])
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_looked_for_while_a_plan_is_read(monkeypatch, data, enabled):
+    whole, seen = wire.plan_from_json, []
+
+    def read(*args):
+        seen.append(gc.isenabled())
+        return whole(*args)
+
+    monkeypatch.setattr(wire, "plan_from_json", read)
+    try:
+        if not enabled:
+            gc.disable()
+        decode(data)
+        assert gc.isenabled() is enabled
+        with pytest.raises(ConfigError):
+            decode(data[:-200])
+        assert gc.isenabled() is enabled  # as training had it
+    finally:
+        gc.enable()
+    assert seen == [False, False]
