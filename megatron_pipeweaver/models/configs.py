@@ -114,17 +114,19 @@ def _make_config(name: str, fields: dict[str, Any], options: ModelOptions) -> An
     unknown = sorted({*options.common, *overrides} - set(known))
     if unknown:
         raise ConfigError(f"module {name!r}: TransformerConfig has no fields {unknown}")
-    return TransformerConfig(
-        **{
-            "params_dtype": options.params_dtype,
-            "pipeline_dtype": options.params_dtype,
-            "bf16": options.params_dtype is torch.bfloat16,
-            "fp16": options.params_dtype is torch.float16,
-            "use_cpu_initialization": not torch.cuda.is_available(),
-            "masked_softmax_fusion": find_spec("scaled_masked_softmax_cuda") is not None,
-            "deallocate_pipeline_outputs": True,
-            **fields,
-            **options.common,
-            **overrides,
-        }
-    )
+    given = {
+        "params_dtype": options.params_dtype,
+        "pipeline_dtype": options.params_dtype,
+        "bf16": options.params_dtype is torch.bfloat16,
+        "fp16": options.params_dtype is torch.float16,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "masked_softmax_fusion": find_spec("scaled_masked_softmax_cuda") is not None,
+        "deallocate_pipeline_outputs": True,
+        **fields,
+        **options.common,
+        **overrides,
+    }
+    try:
+        return TransformerConfig(**given)
+    except ValueError as error:
+        raise ConfigError(f"module {name!r}: {error}") from error

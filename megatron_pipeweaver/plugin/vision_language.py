@@ -215,7 +215,7 @@ def hugging_face_spec(args: argparse.Namespace, model: HuggingFaceModel) -> Mode
     if args.padded_vocab_size < (language.vocab_size or 0):
         raise ConfigError(
             f"--vocab-size {args.vocab_size} with --hf-model {args.hf_model}: its model has "
-            f"{language.vocab_size} tokens; give as many"
+            f"{language.vocab_size} tokens; give as many, or --padded-vocab-size"
         )
     return replace(
         model.spec,

@@ -9,7 +9,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.layout import ChunkLayout
-from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleKind
+from megatron_pipeweaver.ir.lmm import LayerOptions, ModelSpec, ModuleKind
 from megatron_pipeweaver.models.build import PipelinePosition, build_chunks, groups_of_rank
 from megatron_pipeweaver.models.parameters import global_parameters
 from megatron_pipeweaver.plugin.compat import finalize_order
@@ -154,6 +154,12 @@ def test_options_reach_megatrons_config(groups):
         Model(vision_language(), WHOLE, groups, unknown)
 
 
+def test_what_megatron_refuses_says_of_which_module(groups):
+    common = {**OPTIONS.common, "tensor_model_parallel_size": 4}
+    with pytest.raises(ConfigError, match=r"'language': .*num_attention_heads"):
+        Model(vision_language(), WHOLE, groups, replace(OPTIONS, common=common))
+
+
 def test_job_and_layout_must_agree(groups):
     with pytest.raises(ConfigError, match="layout is for 2 pipeline ranks and this job has 1"):
         build_chunks(vision_language(), CUTS["two ranks"], OPTIONS, pg_collection=groups)
@@ -194,6 +200,17 @@ def one_module(spec: ModelSpec, name: str, **changes: object) -> ModelSpec:
         ),
         (one_module(vision_language(), "language", vocab_size=None), WHOLE, "vocab_size"),
         (one_module(vision_language(), "vision", patch_size=3), WHOLE, "patch_size 3"),
+        (one_module(vision_language(), "vision", patches_per_token=3), WHOLE, "3 is no square"),
+        (
+            one_module(
+                vision_language(),
+                "vision",
+                hidden_size=12,
+                layer=LayerOptions(rotary=True),
+            ),
+            WHOLE,
+            "heads are 6 wide",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused(groups, spec: ModelSpec, layout: ChunkLayout, message):
