@@ -64,6 +64,10 @@ class ExpertOptions:
                 f"{self.dense_layers} dense layers; need 1 <= active <= count, width >= 1"
             )
 
+    def holds(self, layer: int) -> bool:
+        """Whether the layer of this index in its module has experts."""
+        return layer >= self.dense_layers
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerOptions:

@@ -104,6 +104,15 @@ def _fields(module: ModuleSpec, options: ModelOptions) -> dict[str, Any]:
         fields |= {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
     if module.kind is ModuleKind.DIFFUSION:
         fields["qk_layernorm"] = module.layer.qk_norm
+    experts = module.layer.experts
+    if experts is not None:
+        fields |= {
+            "num_moe_experts": experts.count,
+            "moe_router_topk": experts.active,
+            "moe_ffn_hidden_size": experts.ffn_hidden_size,
+            "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+            "moe_layer_freq": [int(experts.holds(layer)) for layer in range(module.layers)],
+        }
     return fields
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.models.chunk import ChunkSetting, ModelChunk
 from megatron_pipeweaver.models.context_parallel import SequenceShare
-from megatron_pipeweaver.models.specs import language_layer_spec, uses_transformer_engine
+from megatron_pipeweaver.models.specs import language_block_spec, uses_transformer_engine
 from megatron_pipeweaver.models.strategy import StrategyLayer
 
 
@@ -55,7 +55,7 @@ class LanguageChunk(ModelChunk):
         self.embeds_tokens = place.is_first
         model = GPTModel(
             setting.config,
-            language_layer_spec(options, setting.config.context_parallel_size),
+            language_block_spec(module, place, setting.config, options),
             vocab_size=module.vocab_size,
             max_sequence_length=options.max_sequence_length,
             pre_process=place.is_first,

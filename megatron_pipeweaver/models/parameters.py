@@ -14,17 +14,26 @@ from torch import Tensor
 from megatron_pipeweaver.models.chunk import ModelChunk
 
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
+_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)")
 _RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 """Weights whose output is added to the residual stream, once per layer."""
 
 
 def global_name(chunk: ModelChunk, name: str) -> str:
-    """The name of the chunk's parameter `name` in the whole model: layers counted from its start.
+    """The name of the chunk's parameter `name` in the whole model.
 
+    Layers are counted from the start of their module, experts from the first expert-parallel rank:
     ``language_model.decoder.layers.0.mlp.linear_fc1.weight`` of a chunk that begins with layer 4
     is ``language_model.decoder.layers.4.mlp.linear_fc1.weight``.
     """
-    return _LAYER.sub(lambda match: str(int(match[0]) + chunk.place.first_layer), name)
+    name = _LAYER.sub(lambda match: str(int(match[0]) + chunk.place.first_layer), name)
+    return _EXPERT.sub(lambda match: str(int(match[0]) + _first_expert(chunk)), name)
+
+
+def _first_expert(chunk: ModelChunk) -> int:
+    """The index of the first expert that this rank holds of every layer."""
+    experts, group = chunk.module_spec.layer.experts, chunk.pg_collection.ep
+    return 0 if experts is None else group.rank() * (experts.count // group.size())
 
 
 def global_parameters(
@@ -68,7 +77,7 @@ def _initial_value(chunk: ModelChunk, key: str, parameter: Tensor, seed: int) ->
     if parameter.dim() == 1:
         return torch.ones_like(parameter)
     shape = list(parameter.shape)
-    group = chunk.pg_collection.tp
+    group = _tensor_group(chunk, key)
     split = getattr(parameter, "tensor_model_parallel", False) and group.size() > 1
     if split:
         shape[_partition_dim(parameter)] *= group.size()
@@ -92,11 +101,17 @@ def _deviation(chunk: ModelChunk, key: str, shape: Sequence[int]) -> float:
 
 def _shard(value: Tensor, key: str, parameter: Tensor, chunk: ModelChunk) -> Tensor:
     """This tensor-parallel rank's share of a whole matrix."""
-    group, dim = chunk.pg_collection.tp, _partition_dim(parameter)
+    group, dim = _tensor_group(chunk, key), _partition_dim(parameter)
     # Megatron keeps the gate and the value of a gated MLP side by side on every rank.
     gated = chunk.module_spec.gated_mlp and ".layers." in key and "linear_fc1" in key
     parts = value.chunk(2, dim) if gated else (value,)
     return torch.cat([part.chunk(group.size(), dim)[group.rank()] for part in parts], dim)
+
+
+def _tensor_group(chunk: ModelChunk, key: str) -> Any:
+    """The ranks that hold parts of one matrix; experts have a group of their own."""
+    groups = chunk.pg_collection
+    return groups.expt_tp if _EXPERT.search(key) else groups.tp
 
 
 def _partition_dim(parameter: Any) -> int:

@@ -17,8 +17,11 @@ from megatron.core.models.vision.vit_layer_specs import (
     get_vit_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import LayerNormImpl, TransformerBlockSubmodules
 
 from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.ir.layout import ChunkPlace
+from megatron_pipeweaver.ir.lmm import ModuleSpec
 from megatron_pipeweaver.models.context_parallel import GatheringAttention
 from megatron_pipeweaver.models.options import ModelOptions
 from megatron_pipeweaver.models.strategy import StrategyLayer
@@ -40,11 +43,52 @@ def uses_transformer_engine(options: ModelOptions) -> bool:
     return options.transformer_engine
 
 
-def language_layer_spec(options: ModelOptions, context_parallel_size: int = 1) -> Any:
-    """A decoder layer with causal attention, under run-time memory strategies."""
+def language_block_spec(
+    module: ModuleSpec, place: ChunkPlace, config: Any, options: ModelOptions
+) -> Any:
+    """The decoder layers of one chunk, one by one: some may have experts and others not.
+
+    Args:
+        module: the language model.
+        place: which of its layers the chunk has.
+        config: the chunk's `TransformerConfig`.
+        options: how chunks are made.
+    """
+    experts = module.layer.experts
+    own = range(place.first_layer, place.first_layer + place.layers)
+    return TransformerBlockSubmodules(
+        layer_specs=[
+            language_layer_spec(
+                options,
+                config.context_parallel_size,
+                experts.count if experts is not None and experts.holds(layer) else None,
+                grouped=config.moe_grouped_gemm,
+            )
+            for layer in own
+        ],
+        layer_norm=LayerNormImpl,
+    )
+
+
+def language_layer_spec(
+    options: ModelOptions,
+    context_parallel_size: int = 1,
+    experts: int | None = None,
+    *,
+    grouped: bool = False,
+) -> Any:
+    """A decoder layer with causal attention, under run-time memory strategies.
+
+    Args:
+        options: how chunks are made.
+        context_parallel_size: among how many ranks a sequence is divided.
+        experts: how many stand in the place of the MLP, if any.
+        grouped: whether Transformer Engine runs all experts of a rank as one.
+    """
+    mlp = {"num_experts": experts, "moe_grouped_gemm": grouped}
     if uses_transformer_engine(options):
-        return replace(get_gpt_layer_with_transformer_engine_spec(), module=StrategyLayer)
-    spec = copy.deepcopy(get_gpt_layer_local_spec())
+        return replace(get_gpt_layer_with_transformer_engine_spec(**mlp), module=StrategyLayer)
+    spec = copy.deepcopy(get_gpt_layer_local_spec(**mlp))
     if context_parallel_size > 1:
         spec.submodules.self_attention.submodules.core_attention = GatheringAttention
     return replace(spec, module=StrategyLayer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from megatron_pipeweaver.ir.batch import BatchMetadata, Item, MicrobatchMetadata
 from megatron_pipeweaver.ir.cluster import ParallelSizes
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleSpec
-from megatron_pipeweaver.ir.plan import PassPayload
+from megatron_pipeweaver.ir.plan import PassPayload, PlanPass
 from megatron_pipeweaver.ir.problem import Microbatch, Pass, PassKey, Problem, Strategy
 from megatron_pipeweaver.partition.sub_microbatch import split
 from megatron_pipeweaver.semu.interface import CostModel, Load, StageShape
@@ -90,7 +90,7 @@ def make_workload(
         sub_microbatch=sub_microbatch,
         costs=costs,
         forward_only=forward_only,
-        sequence_shards=1 if parallel is None else _sequence_shards(parallel),
+        payloads=_Payloads(model, parallel),
         element_bytes=element_bytes,
     )
     payloads: dict[PassKey, PassPayload] = {}
@@ -110,8 +110,35 @@ def make_workload(
     return Workload(problem=problem, payloads=payloads)
 
 
-def _sequence_shards(parallel: ParallelSizes) -> int:
-    return parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+class _Payloads:
+    """What passes work on, and the shapes that they hand on."""
+
+    __slots__ = ("_backbone", "_shards")
+
+    def __init__(self, model: ModelSpec, parallel: ParallelSizes | None) -> None:
+        # As in Megatron's LLaVA, sequence and context parallelism are the backbone's alone.
+        self._backbone = model.backbone
+        self._shards = 1
+        if parallel is not None:
+            self._shards = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+
+    def make(self, module: ModuleSpec, start: int, stop: int, work: _Work) -> PassPayload:
+        hidden_shape = self._hidden_shape(module, work.load)
+        return PassPayload(
+            item_start=start,
+            item_stop=stop,
+            hidden_shape=hidden_shape,
+            output_shape=work.output_shape or hidden_shape,
+        )
+
+    def _hidden_shape(self, module: ModuleSpec, load: Load) -> tuple[int, ...]:
+        shards = self._shards if module is self._backbone else 1
+        if not module.time_tokens:
+            return (-(-load.sequence // shards), load.batch, module.hidden_size)
+        # Times and prompts travel in front of the clips' patches, all in one row.
+        times = module.time_tokens * len(load.lengths)
+        rows = times + sum(load.context_lengths) + load.tokens
+        return (-(-rows // shards), 1, module.hidden_size)
 
 
 def _check_names(
@@ -145,7 +172,7 @@ class _PassMaker:
         "_forward_only",
         "_made",
         "_model",
-        "_sequence_shards",
+        "_payloads",
         "_shapes",
         "_sharing",
         "_stages_of",
@@ -159,7 +186,7 @@ class _PassMaker:
         sub_microbatch: Mapping[str, int],
         costs: CostModel,
         forward_only: bool,
-        sequence_shards: int,
+        payloads: _Payloads,
         element_bytes: int,
     ) -> None:
         self._model = model
@@ -172,7 +199,7 @@ class _PassMaker:
         }
         self._costs = costs
         self._forward_only = forward_only
-        self._sequence_shards = sequence_shards
+        self._payloads = payloads
         self._element_bytes = element_bytes
         self._made: dict[tuple[_Work, int, tuple[tuple[str, int], ...], bool], Pass] = {}
         self._stages_of: dict[tuple[_Work, bool], tuple[tuple[Strategy, ...], ...]] = {}
@@ -189,7 +216,7 @@ class _PassMaker:
             )
             after = tuple((name, sub) for name in present for sub in range(len(shares[name])))
             for sub, (start, stop, work) in enumerate(shares[module.name]):
-                hidden_shape = self._hidden_shape(module, work.load)
+                payload = self._payloads.make(module, start, stop, work)
                 key = (work, sub, after, frozen[module.name])
                 made = self._made.get(key)
                 if made is None:
@@ -198,30 +225,12 @@ class _PassMaker:
                         sub_microbatch=sub,
                         after=after,
                         p2p_latency_ns=self._costs.p2p_latency_ns(
-                            prod(hidden_shape) * self._element_bytes
+                            prod(payload.hidden_shape) * self._element_bytes
                         ),
                         stages=self._stages(module, work, frozen=frozen[module.name]),
                         frozen=frozen[module.name],
                     )
-                yield (
-                    made,
-                    PassPayload(
-                        item_start=start,
-                        item_stop=stop,
-                        hidden_shape=hidden_shape,
-                        output_shape=work.output_shape or hidden_shape,
-                    ),
-                )
-
-    def _hidden_shape(self, module: ModuleSpec, load: Load) -> tuple[int, ...]:
-        # As in Megatron's LLaVA, sequence and context parallelism are the backbone's alone.
-        shards = self._sequence_shards if module is self._model.backbone else 1
-        if not module.time_tokens:
-            return (-(-load.sequence // shards), load.batch, module.hidden_size)
-        # Times and prompts travel in front of the clips' patches, all in one row.
-        times = module.time_tokens * len(load.lengths)
-        rows = times + sum(load.context_lengths) + load.tokens
-        return (-(-rows // shards), 1, module.hidden_size)
+                yield made, payload
 
     def _stages(
         self, module: ModuleSpec, work: _Work, *, frozen: bool
@@ -239,6 +248,33 @@ class _PassMaker:
     ) -> tuple[Strategy, ...]:
         strategies = self._costs.stage_strategies(module, shape, work.load)
         return (_forward_alone(strategies),) if frozen else strategies
+
+
+def payloads_of(
+    batch: BatchMetadata,
+    model: ModelSpec,
+    passes: Iterable[PlanPass],
+    parallel: ParallelSizes | None = None,
+) -> dict[PassKey, PassPayload]:
+    """What `passes`, planned for a batch of at least as much, work on in `batch`.
+
+    A pass of items that `batch` has not is left out.
+
+    Args:
+        batch: with as many microbatches.
+        model: the modules.
+        passes: of a plan.
+        parallel: as in `make_workload`.
+    """
+    sharing, maker = _Sharing(model, {}), _Payloads(model, parallel)
+    payloads = {}
+    for one in passes:
+        module = model.module(one.key.module)
+        metadata = batch.microbatches[one.key.microbatch]
+        share = sharing.within(module, metadata, one.payload.item_start, one.payload.item_stop)
+        if share is not None:
+            payloads[one.key] = maker.make(module, *share)
+    return payloads
 
 
 def loads(
@@ -271,6 +307,15 @@ class _Sharing:
             _Share(start, stop, self._part(module, items[start:stop]))
             for start, stop in split(len(items), self._sub_microbatch[module.name])
         )
+
+    def within(
+        self, module: ModuleSpec, metadata: MicrobatchMetadata, start: int, stop: int
+    ) -> _Share | None:
+        """The share of what there is of the items ``start:stop``; the backbone's is everything."""
+        if module is self._backbone:
+            return self.shares(module, metadata)[0]
+        items = metadata.items.get(module.name, ())[start:stop]
+        return _Share(start, start + len(items), self._part(module, items)) if items else None
 
     def _whole(self, module: ModuleSpec, metadata: MicrobatchMetadata) -> _Work:
         # Tokens that are placed in the sequence itself are no context.

@@ -22,7 +22,7 @@ from megatron_pipeweaver.errors import ConfigError, PipeWeaverError, PlanInvalid
 from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.ir.codec import digest, problem_from_json, schedule_from_json, to_bytes
 from megatron_pipeweaver.ir.layout import ChunkLayout
-from megatron_pipeweaver.ir.plan import peak_memory_bytes
+from megatron_pipeweaver.ir.plan import VerifiedPlan, peak_memory_bytes
 from megatron_pipeweaver.ir.problem import PassKey
 from megatron_pipeweaver.ir.trace import Trace
 from megatron_pipeweaver.partition.workload import loads
@@ -47,6 +47,7 @@ from megatron_pipeweaver.planner.messages import (
 )
 from megatron_pipeweaver.planner.planner import PlannedIteration, batch_digest
 from megatron_pipeweaver.planner.settings import PlannerSettings, settings_to_json
+from megatron_pipeweaver.planner.sharing import own_part
 from megatron_pipeweaver.planner.source import PlanAnswer, PlanCounters
 from megatron_pipeweaver.planner.wire import ReceivedPlan, decode, encode
 
@@ -156,6 +157,11 @@ class BackgroundSource:
     def start(self) -> None:
         """Start the process now, so that it is there when it is needed."""
         self._ensure_child()
+
+    def own_part(self, shared: VerifiedPlan, batch: BatchMetadata) -> VerifiedPlan:
+        """What the replica with `batch` runs of a plan for several."""
+        settings = self._settings
+        return own_part(shared, batch, settings.model, settings.costs.options.parallel)
 
     def request(self, batch: BatchMetadata, *, forward_only: bool) -> None:
         """Have `batch` planned; returns at once and raises nothing."""

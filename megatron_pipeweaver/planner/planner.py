@@ -117,7 +117,7 @@ class Planner:
         self._dtypes = dict(dtypes)
         self._element_bytes = _widest(model, dtypes)
         self._search = search
-        self._parallel = parallel
+        self.parallel = parallel
         self._host = host
         self._clock = clock
 
@@ -221,7 +221,7 @@ class Planner:
             costs,
             self._memory_capacity_bytes,
             forward_only=forward_only,
-            parallel=self._parallel,
+            parallel=self.parallel,
             element_bytes=self._element_bytes,
         )
 

@@ -17,9 +17,11 @@ from typing import Any, Protocol
 
 from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.ir.layout import ChunkLayout
+from megatron_pipeweaver.ir.plan import VerifiedPlan
 from megatron_pipeweaver.ir.trace import Trace
 from megatron_pipeweaver.planner.headroom import MemoryPeak
 from megatron_pipeweaver.planner.planner import PlannedIteration, Planner, batch_digest
+from megatron_pipeweaver.planner.sharing import own_part
 from megatron_pipeweaver.planner.wire import ReceivedPlan, encode
 
 _WAITS_KEPT = 100
@@ -74,7 +76,7 @@ class PlanAnswer:
 
 
 class PlanSource(Protocol):
-    """Makes plans on the planning rank; on other ranks it is never asked."""
+    """Makes plans on the planning rank; on other ranks it is asked for none."""
 
     @property
     def layout(self) -> ChunkLayout:
@@ -84,6 +86,14 @@ class PlanSource(Protocol):
     @property
     def counters(self) -> PlanCounters:
         """What became of the plans so far."""
+        ...
+
+    def own_part(self, shared: VerifiedPlan, batch: BatchMetadata) -> VerifiedPlan:
+        """What the replica with `batch` runs of a plan for several, on any rank (`sharing`).
+
+        Raises:
+            PipeWeaverError: the plan was not made for `batch` among others.
+        """
         ...
 
     def request(self, batch: BatchMetadata, *, forward_only: bool) -> None:
@@ -137,6 +147,10 @@ class InProcessSource:
     def counters(self) -> PlanCounters:
         """What became of the plans so far."""
         return self._counters
+
+    def own_part(self, shared: VerifiedPlan, batch: BatchMetadata) -> VerifiedPlan:
+        """What the replica with `batch` runs of a plan for several."""
+        return own_part(shared, batch, self.planner.model, self.planner.parallel)
 
     def request(self, batch: BatchMetadata, *, forward_only: bool) -> None:
         """Does nothing: there is nobody to plan meanwhile."""

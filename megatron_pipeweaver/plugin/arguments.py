@@ -160,12 +160,63 @@ def check_combinations(args: argparse.Namespace, ours: PipeWeaverArguments) -> N
             shown = "" if value is True else f" {value}"
             raise ConfigError(f"--{name.replace('_', '-')}{shown} with --pipeweaver: {why}")
     _check_sequence(args)
+    if getattr(args, "num_experts", None):
+        _check_experts(args, ours)
     dropout = max(getattr(args, "attention_dropout", 0.0), getattr(args, "hidden_dropout", 0.0))
     if ours.deterministic and dropout:
         raise ConfigError(
             "--pipeweaver-deterministic with dropout: masks depend on the order of execution; "
             "add --attention-dropout 0 --hidden-dropout 0, or leave the flag out"
         )
+
+
+def _check_experts(args: argparse.Namespace, ours: PipeWeaverArguments) -> None:
+    """Refuse what experts cannot do under plans that change, or in chunks."""
+    balancing = args.moe_router_load_balancing_type
+    tensor, expert_tensor = args.tensor_model_parallel_size, args.expert_tensor_parallel_size
+    shared = args.moe_shared_expert_intermediate_size
+    refused = {
+        f"--moe-router-load-balancing-type {balancing}": (
+            "global_aux_loss" in balancing,
+            "it averages over the microbatches that ran so far, in Megatron's own order; give "
+            "aux_loss or seq_aux_loss",
+        ),
+        f"--context-parallel-size {args.context_parallel_size} and --moe-aux-loss-coeff": (
+            args.context_parallel_size > 1 and _balances(args),
+            "every rank's loss is that of the whole sequence, and its auxiliary loss would count "
+            "for too little; give --moe-router-load-balancing-type none, or no context parallelism",
+        ),
+        f"--expert-tensor-parallel-size {expert_tensor}": (
+            expert_tensor not in (None, tensor),
+            f"experts are divided as all other layers are; give {tensor}",
+        ),
+        f"--moe-shared-expert-intermediate-size {shared}": (
+            shared is not None and args.add_bias_linear,
+            "Megatron's shared experts have no biases; add --disable-bias-linear",
+        ),
+        "--moe-grouped-gemm": (
+            args.moe_grouped_gemm and args.transformer_impl == "local",
+            "needs Transformer Engine; leave it out, or --transformer-impl local",
+        ),
+        "--moe-grouped-gemm and --use-cpu-initialization": (
+            args.moe_grouped_gemm and args.use_cpu_initialization,
+            "experts that are one tensor start from no value by name; leave one of them out",
+        ),
+        f"--moe-input-jitter-eps {args.moe_input_jitter_eps} and --pipeweaver-deterministic": (
+            bool(args.moe_input_jitter_eps) and ours.deterministic,
+            "noise depends on the order of execution; leave one of them out",
+        ),
+    }
+    for flag, (wrong, why) in refused.items():
+        if wrong:
+            raise ConfigError(f"{flag} with --pipeweaver: {why}")
+
+
+def _balances(args: argparse.Namespace) -> bool:
+    """Whether routers add losses of their own."""
+    kinds = args.moe_router_load_balancing_type
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    return args.moe_z_loss_coeff is not None or any("aux_loss" in one for one in kinds)
 
 
 def _check_sequence(args: argparse.Namespace) -> None:
@@ -421,7 +472,10 @@ _REFUSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "external_cuda_graph": (_set, _NO_GRAPH),
     "use_torch_fsdp2": (_set, "chunks are wrapped in Megatron's DDP; leave it out"),
     "use_megatron_fsdp": (_set, "chunks are wrapped in Megatron's DDP; leave it out"),
-    "num_experts": (_set, "chunks have no mixture of experts; leave it out"),
+    "moe_use_upcycling": (_set, "chunks start with experts; leave it out"),
+    "moe_latent_size": (_set, "chunks have no latent experts; leave it out"),
+    "moe_enable_routing_replay": (_set, _OWN_ORDER),
+    "moe_paged_stash": (_set, _OWN_ORDER),
     "multi_latent_attention": (_set, "chunks have no latent attention; leave it out"),
     "mtp_num_layers": (_set, "chunks have no multi-token prediction; leave it out"),
 }

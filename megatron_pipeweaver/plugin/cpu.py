@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 from megatron_pipeweaver.plugin.patching import Patch
 
@@ -126,6 +127,14 @@ def cpu_patches() -> list[Patch]:
         Patch(torch.nn.Module, "cuda", _unmoved),
         Patch(megatron_random, "_set_cuda_rng_state", _set_rng_state),
         Patch(megatron_random.CudaRNGStatesTracker, "fork", _fork),
+        # Without Transformer Engine, 0.16.1 leaves out the `None` that its router asks for.
+        Patch(
+            moe_utils,
+            "te_general_gemm",
+            getattr(moe_utils, "te_general_gemm", None),
+            may_be_absent=True,
+        ),
+        Patch(token_dispatcher, "maybe_move_tensor_to_cpu", _counts),
     ]
 
 
@@ -223,6 +232,12 @@ def _fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
     finally:
         tracker.states_[name] = torch.get_rng_state()
         torch.set_rng_state(outer)
+
+
+def _counts(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What Megatron makes of counts on a GPU: an array, which `all_to_all_single` takes."""
+    del record_stream
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _unmoved(self: Any, *_: Any, **__: Any) -> Any:

@@ -7,6 +7,7 @@ nobody. Models are not built and nothing is computed, so it needs neither GPU no
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,14 +34,16 @@ _HEADER = [
 def play_first_rank(args: argparse.Namespace) -> None:
     """Have Megatron set this process up as rank 0 of the job, alone.
 
-    ``WORLD_SIZE`` says how many ranks the job has; at least one replica's.
+    ``WORLD_SIZE`` says how many ranks the job has; at least one replica's, or those of all replicas
+    that exchange tokens for experts.
     """
     args.fake_process_group = True
+    replica = args.tensor_model_parallel_size * args.context_parallel_size
+    experts = args.expert_model_parallel_size * (
+        args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    )
     args.world_size = max(
-        args.world_size,
-        args.tensor_model_parallel_size
-        * args.context_parallel_size
-        * args.pipeline_model_parallel_size,
+        args.world_size, args.pipeline_model_parallel_size * math.lcm(replica, experts)
     )
 
 

@@ -14,11 +14,15 @@ _ABSENT = object()
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """`value` in the place of attribute `name` of `target` (a module, a class or an object)."""
+    """`value` in the place of attribute `name` of `target` (a module, a class or an object).
+
+    `may_be_absent` where some versions of `target` lack the attribute.
+    """
 
     target: object
     name: str
     value: object
+    may_be_absent: bool = False
 
 
 class PatchSet:
@@ -47,7 +51,8 @@ class PatchSet:
             return
         try:
             for patch in self._patches:
-                getattr(patch.target, patch.name)
+                if not patch.may_be_absent:
+                    getattr(patch.target, patch.name)
                 # What the target merely inherits must be deleted again, not set on it.
                 own = getattr(patch.target, "__dict__", {}).get(patch.name, _ABSENT)
                 setattr(patch.target, patch.name, patch.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -138,6 +139,18 @@ _OF_ONE_MODULE = frozenset(
     }
 )
 """Fields of `TransformerConfig` that are set for each module."""
+_OF_EXPERTS = re.compile(r"moe_|expert_|num_moe_")
+"""And those of modules with experts alone."""
+_BY_SPEC = frozenset(
+    {
+        "num_moe_experts",
+        "moe_router_topk",
+        "moe_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size",
+        "moe_layer_freq",
+    }
+)
+"""Of these, what a module's specification says."""
 
 
 def config_fields(args: argparse.Namespace) -> dict[str, Any]:
@@ -146,6 +159,37 @@ def config_fields(args: argparse.Namespace) -> dict[str, Any]:
     Functions are left out: the activation is that of each module, initialisation follows from
     ``init_method_std``. So are pipeline sizes, which every chunk has of its own.
     """
+    return {
+        name: value for name, value in _given_fields(args).items() if not _OF_EXPERTS.match(name)
+    }
+
+
+def expert_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The further fields of a module with experts that Megatron's arguments set: how they run."""
+    if args.num_experts is None:
+        return {}
+    return {
+        name: value
+        for name, value in _given_fields(args).items()
+        if _OF_EXPERTS.match(name) and name not in _BY_SPEC
+    }
+
+
+def refuse_experts(args: argparse.Namespace, chunks: str) -> None:
+    """Returns where the arguments ask for no experts; `chunks` are made without.
+
+    Raises:
+        ConfigError: they do.
+    """
+    if getattr(args, "num_experts", None) is not None:
+        raise ConfigError(
+            f"--num-experts {args.num_experts}: {chunks} have no experts; leave it out, or train "
+            "scripts/pretrain_vlm.py"
+        )
+
+
+def _given_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments set that is neither a function nor each module's own."""
     from megatron.training.arguments import core_transformer_config_from_args
 
     alone = argparse.Namespace(**vars(args))

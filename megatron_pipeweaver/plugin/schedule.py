@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ from megatron_pipeweaver.ir.plan import Plan, VerifiedPlan, peak_memory_bytes
 from megatron_pipeweaver.ir.trace import Trace
 from megatron_pipeweaver.planner.headroom import MemoryPeak
 from megatron_pipeweaver.planner.planner import PlannedIteration, Planner, batch_digest
+from megatron_pipeweaver.planner.sharing import comparable
 from megatron_pipeweaver.planner.source import InProcessSource, PlanAnswer, PlanSource
 from megatron_pipeweaver.planner.wire import ReceivedPlan, decode, encode_failure
 from megatron_pipeweaver.plugin import compat
@@ -32,6 +33,7 @@ from megatron_pipeweaver.plugin.data import (
     is_replaying,
 )
 from megatron_pipeweaver.plugin.gathers import gathered_parameters
+from megatron_pipeweaver.plugin.sharing import SharedBatch, share_batch
 from megatron_pipeweaver.plugin.stages import MegatronStages, StepContext
 from megatron_pipeweaver.runtime.activations import AllocatorGauge, MemoryGauge, TensorGauge
 from megatron_pipeweaver.runtime.agreement import agree, broadcast_bytes, gather_bytes
@@ -76,6 +78,18 @@ class _Load:
     microbatches: Sequence[Mapping[str, Any] | None] = ()
     batch: BatchMetadata | None = None
     failure: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Agreed:
+    """The plan that all ranks hold: as it was `made`, and as this replica runs it, `received`.
+
+    They differ where replicas share a plan. `answer` is there on the planning rank.
+    """
+
+    made: VerifiedPlan
+    received: ReceivedPlan
+    answer: PlanAnswer | None
 
 
 class PipeWeaverSchedule:
@@ -163,9 +177,10 @@ class PipeWeaverSchedule:
         with _timed(config):
             again = is_replaying(data_iterator)
             load = self._load(data_iterator, num_microbatches)
-            received, answer = self._plan_for(load, forward_only, self._communicators, again)
-            if not again:
-                self._request_next(data_iterator, num_microbatches, forward_only)
+            batch = share_batch(load.batch, load.failure, self._communicators)
+            agreed = self._plan_for(batch, forward_only, self._communicators, again)
+            plan = agreed.received.plan
+            self._request_next(data_iterator, num_microbatches, forward_only, again)
             context = StepContext(
                 forward_step_func=forward_step_func,
                 model=chunks,
@@ -176,17 +191,17 @@ class PipeWeaverSchedule:
                 first_val_step=first_val_step,
             )
             gauge = self._gauge(chunks)
-            stages = MegatronStages(context, self.layout, received.plan.plan, gauge)
+            stages = MegatronStages(context, self.layout, plan.plan, gauge)
             start_ns = time.perf_counter_ns()
             with gathered_parameters(chunks), _no_gradient_sync(config):
-                recorder = self._execute(received.plan, stages, self._communicators)
+                recorder = self._execute(plan, stages, self._communicators)
             measured_ns = time.perf_counter_ns() - start_ns
             # Here, since gradients are finalised in memory that plans do not speak of.
             peak_bytes = None if gauge is None else gauge.peak_bytes
             if not forward_only:
                 finish_gradients(chunks, config, stages.num_tokens, groups, force_all_reduce)
-        peaks = self._peaks(received.plan.plan, peak_bytes)
-        self._report(received, answer, load.batch, forward_only, measured_ns, recorder, peaks)
+        peaks = self._peaks(plan.plan, peak_bytes)
+        self._report(agreed, batch, forward_only, measured_ns, recorder, peaks)
         return stages.losses()
 
     def _execute(
@@ -211,8 +226,8 @@ class PipeWeaverSchedule:
         return _Load(microbatches=microbatches, batch=batch)
 
     def _plan_for(
-        self, load: _Load, forward_only: bool, ranks: Communicators, again: bool
-    ) -> tuple[ReceivedPlan, PlanAnswer | None]:
+        self, batch: SharedBatch, forward_only: bool, ranks: Communicators, again: bool
+    ) -> _Agreed:
         """The plan for exactly this batch, equal on every rank that runs it.
 
         An iteration that Megatron has run `again`, to see whether its results come back, has the
@@ -223,34 +238,40 @@ class PipeWeaverSchedule:
         message = None
         if self._plans():
             if self._made is None or not again:
-                self._made = self._make_plan(load, forward_only)
+                self._made = self._make_plan(batch, forward_only)
             answer, message = self._made
         data = broadcast_bytes(message, ranks.control, ranks.planning_rank)
-        received, failure = None, load.failure
-        held = {"plan": "", "batch": "" if load.batch is None else batch_digest(load.batch)}
+        agreed, failure = None, batch.failure
+        held = {"plan": "", "batch": "" if batch.planned is None else batch_digest(batch.planned)}
         try:
             known = None if answer is None else answer.received
             received = decode(data) if known is None else known
             held["plan"] = received.plan.fingerprint
             held["batch"] = held["batch"] or received.batch_digest
+            own = received.plan
+            if len(ranks.replicas) > 1 and batch.own is not None:
+                own = self._source.own_part(received.plan, batch.own)
+            agreed = _Agreed(
+                made=received.plan, received=replace(received, plan=own), answer=answer
+            )
         except PipeWeaverError as error:
             failure = failure or str(error)
         agree(held, ranks.control, failure=failure)
-        assert received is not None  # else `agree` has raised, here and everywhere
-        return received, answer
+        assert agreed is not None  # else `agree` has raised, here and everywhere
+        return agreed
 
-    def _make_plan(self, load: _Load, forward_only: bool) -> tuple[PlanAnswer | None, bytes]:
+    def _make_plan(self, batch: SharedBatch, forward_only: bool) -> tuple[PlanAnswer | None, bytes]:
         """The plan and its bytes, or the reason why there is none.
 
         Whatever goes wrong here, the ranks that wait must hear of it, so nothing may escape.
         """
-        if load.batch is None:
+        if batch.planned is None:
             reason = (
-                load.failure or "it loads no data; give the first pipeline rank a data iterator"
+                batch.failure or "it loads no data; give the first pipeline rank a data iterator"
             )
             return None, encode_failure(reason)
         try:
-            answer = self._source.collect(load.batch, forward_only=forward_only)
+            answer = self._source.collect(batch.planned, forward_only=forward_only)
             return answer, answer.data
         except Exception as error:
             _log.debug("planning failed", exc_info=True)
@@ -261,19 +282,31 @@ class PipeWeaverSchedule:
         ranks = self._communicators
         return ranks is not None and torch.distributed.get_rank() == ranks.planning_rank
 
-    def _request_next(self, data_iterator: DataIterator, count: int, forward_only: bool) -> None:
+    def _request_next(
+        self, data_iterator: DataIterator, count: int, forward_only: bool, again: bool
+    ) -> None:
         """Have the next iteration planned while this one runs, as far as its batch is known."""
-        if not self._plans():
+        ranks = self._communicators
+        assert ranks is not None
+        # Replicas that share a plan all tell of their batches, whatever is asked for then.
+        alone = len(ranks.replicas) == 1
+        if alone and (again or not self._plans()):
             return
+        first = any(torch.distributed.get_rank() == one[0] for one in ranks.replicas)
+        ahead = self._look_at_next(data_iterator, count) if first else None
+        batch = share_batch(ahead, "", ranks).planned
+        if batch is not None and self._plans() and not again:
+            self._source.request(batch, forward_only=forward_only)
+
+    def _look_at_next(self, data_iterator: DataIterator, count: int) -> BatchMetadata | None:
+        """What this rank loads next, as far as that is known."""
         try:
             microbatches = self._look_ahead.peek(data_iterator, count)
-            batch = None if microbatches is None else describe_batch(microbatches, self._describe)
+            return None if microbatches is None else describe_batch(microbatches, self._describe)
         except Exception:
             # Whoever takes this batch meets the same error, and tells all ranks of it.
             _log.debug("no look at the next batch", exc_info=True)
-            return
-        if batch is not None:
-            self._source.request(batch, forward_only=forward_only)
+            return None
 
     def _gauge(self, chunks: Sequence[torch.nn.Module]) -> MemoryGauge | None:
         """What measures this rank's memory in the iteration that begins, if anything does."""
@@ -297,9 +330,8 @@ class PipeWeaverSchedule:
 
     def _report(
         self,
-        received: ReceivedPlan,
-        answer: PlanAnswer | None,
-        batch: BatchMetadata | None,
+        agreed: _Agreed,
+        batch: SharedBatch,
         forward_only: bool,
         measured_ns: int,
         recorder: Recorder,
@@ -308,8 +340,10 @@ class PipeWeaverSchedule:
         trace = None
         if self._gather_traces and self._communicators is not None:
             trace = recorder.gather_trace(self._communicators.pipeline)
-        if trace is not None and batch is not None and answer is not None:
-            self._source.observe(batch, forward_only=forward_only, trace=trace, peaks=peaks)
+        made, received, answer = agreed.made, agreed.received, agreed.answer
+        if trace is not None and batch.planned is not None and answer is not None:
+            told = comparable(trace, made.plan, received.plan.plan)
+            self._source.observe(batch.planned, forward_only=forward_only, trace=told, peaks=peaks)
         if self._on_iteration is not None:
             self._on_iteration(
                 IterationReport(
@@ -317,7 +351,7 @@ class PipeWeaverSchedule:
                     forward_only=forward_only,
                     received=received,
                     planned=None if answer is None else answer.planned(),
-                    batch=batch,
+                    batch=batch.own,
                     measured_ns=measured_ns,
                     trace=trace,
                     peaks=peaks,

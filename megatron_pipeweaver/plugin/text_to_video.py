@@ -11,7 +11,7 @@ from megatron_pipeweaver.ir.batch import Item, MicrobatchMetadata
 from megatron_pipeweaver.ir.lmm import LayerOptions, ModelSpec, Modulation, ModuleKind, ModuleSpec
 from megatron_pipeweaver.models.options import ModelOptions
 from megatron_pipeweaver.plugin.data import DescribeMicrobatch
-from megatron_pipeweaver.plugin.providers import ChunkFamily, model_options
+from megatron_pipeweaver.plugin.providers import ChunkFamily, model_options, refuse_experts
 
 TEXT, VIDEO = "text", "video"
 
@@ -125,6 +125,7 @@ def _check(args: argparse.Namespace) -> None:
             f"--context-parallel-size {args.context_parallel_size}: text-to-video chunks run whole "
             "rows; give --context-parallel-size 1"
         )
+    refuse_experts(args, "text-to-video chunks")
     if args.sequence_parallel:
         raise ConfigError("--sequence-parallel: text-to-video chunks run without it; leave it out")
     frame = (args.img_h // args.patch_dim) * (args.img_w // args.patch_dim)

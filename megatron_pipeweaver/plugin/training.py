@@ -158,6 +158,9 @@ def validation_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.cuda.is_available():
             args.distributed_backend = "gloo"
         validated = original(args, *more, **named)
+        if args.num_experts is not None and args.decoder_num_layers is not None:
+            # Megatron logs every layer's auxiliary loss, and takes the encoder's layers for all.
+            args.num_layers = args.decoder_num_layers
         if ours is not None:
             # All gathers start in front of the schedule (`gathers`); the hooks only await them.
             args.align_param_gather = args.overlap_param_gather
@@ -399,6 +402,7 @@ def run_options(args: argparse.Namespace) -> RunOptions:
             tensor=args.tensor_model_parallel_size,
             data=args.data_parallel_size,
             context=args.context_parallel_size,
+            expert=args.expert_model_parallel_size,
             sequence_parallel=args.sequence_parallel,
         ),
         attention=Attention.FLASH if engine else Attention.DENSE,

@@ -13,11 +13,23 @@ from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDE
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.batch import Item, MicrobatchMetadata
-from megatron_pipeweaver.ir.lmm import LayerOptions, ModelSpec, ModuleKind, ModuleSpec
+from megatron_pipeweaver.ir.lmm import (
+    ExpertOptions,
+    LayerOptions,
+    ModelSpec,
+    ModuleKind,
+    ModuleSpec,
+)
 from megatron_pipeweaver.models.hugging_face import HuggingFaceModel, read_model
 from megatron_pipeweaver.models.options import ModelOptions
 from megatron_pipeweaver.plugin.data import DescribeMicrobatch
-from megatron_pipeweaver.plugin.providers import ChunkFamily, model_options
+from megatron_pipeweaver.plugin.providers import (
+    ChunkFamily,
+    expert_fields,
+    model_options,
+    refuse_experts,
+)
+from megatron_pipeweaver.semu.from_megatron import dense_layers
 
 VISION, LANGUAGE = "vision", "language"
 
@@ -93,6 +105,7 @@ class VisionLanguage(ChunkFamily):
             f"{VISION}_projection": {**plain, **heads},
             LANGUAGE: {
                 "kv_channels": args.kv_channels,
+                **expert_fields(args),
                 **(unfused if self.position_axes(args) > 1 else {}),
             },
         }
@@ -195,6 +208,7 @@ def hugging_face_spec(args: argparse.Namespace, model: HuggingFaceModel) -> Mode
     Raises:
         ConfigError: an argument says otherwise than the checkpoint.
     """
+    refuse_experts(args, "an imported model's layers")
     vision, language = model.spec.modules
     for name, wanted in {
         "encoder_num_layers": vision.layers,
@@ -260,5 +274,20 @@ def _language_spec(args: argparse.Namespace) -> ModuleSpec:
         gated_mlp=args.swiglu,
         vocab_size=args.padded_vocab_size,
         tied_embeddings=not args.untie_embeddings_and_output_weights,
-        layer=LayerOptions(head_size=args.kv_channels if args.kv_channels != usual else None),
+        layer=LayerOptions(
+            head_size=args.kv_channels if args.kv_channels != usual else None,
+            experts=_experts(args),
+        ),
+    )
+
+
+def _experts(args: argparse.Namespace) -> ExpertOptions | None:
+    if args.num_experts is None:
+        return None
+    return ExpertOptions(
+        count=args.num_experts,
+        active=args.moe_router_topk,
+        ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        shared_ffn_hidden_size=args.moe_shared_expert_intermediate_size,
+        dense_layers=dense_layers(args.moe_layer_freq, args.decoder_num_layers, LANGUAGE),
     )

@@ -69,7 +69,7 @@ def layer_spec(module: ModuleSpec, index: int = 0) -> LayerSpec:
         rotary=_usual(options.rotary, llama),
         qk_norm=options.qk_norm,
         window=options.window if windowed else None,
-        experts=experts if experts is not None and index >= experts.dense_layers else None,
+        experts=experts if experts is not None and experts.holds(index) else None,
         context_size=options.context_size if crosses else None,
         self_attention=not (
             options.cross_attention_alone and crosses and options.context_size is not None

@@ -112,12 +112,21 @@ def _experts(config: LayerConfig, name: str, ffn_hidden_size: int) -> ExpertOpti
         active=config.moe_router_topk,
         ffn_hidden_size=config.moe_ffn_hidden_size or ffn_hidden_size,
         shared_ffn_hidden_size=config.moe_shared_expert_intermediate_size,
-        dense_layers=_dense_layers(config.moe_layer_freq, config.num_layers, name),
+        dense_layers=dense_layers(config.moe_layer_freq, config.num_layers, name),
     )
 
 
-def _dense_layers(pattern: int | Sequence[int], layers: int, name: str) -> int:
-    """How many layers keep an MLP, which must all stand in front of those with experts."""
+def dense_layers(pattern: int | Sequence[int], layers: int, name: str) -> int:
+    """How many layers keep an MLP, which must all stand in front of those with experts.
+
+    Args:
+        pattern: Megatron's ``moe_layer_freq``.
+        layers: how many there are.
+        name: of the module.
+
+    Raises:
+        ConfigError: they stand elsewhere.
+    """
     if isinstance(pattern, int):
         pattern = [int(layer % pattern == 0) for layer in range(layers)]
     dense = len(pattern) - sum(pattern)

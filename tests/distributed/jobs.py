@@ -49,6 +49,22 @@ IMAGES: Mapping[str, Run] = {
         )
     ),
 }
+EXPERTS = shlex.split(
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 --moe-aux-loss-coeff 0.05 "
+    "--moe-layer-freq ([0]*1+[1]*3) --moe-shared-expert-intermediate-size 16 "
+    "--disable-bias-linear --moe-token-dispatcher-type alltoall"
+)
+SHARING = [*TWO, *EXPERTS, "--expert-model-parallel-size", "2"]
+EXPERTS_SAVED, EXPERTS_LOADED = (
+    [*STORED, "--save", "{directory}/experts", "--save-interval", "10"],
+    [*STORED, "--load", "{directory}/experts", "--ckpt-step", "10"],
+)
+SPARSE: Mapping[str, Run] = {
+    "plain, experts": Run(flags=EXPERTS),
+    "PP 2 x EP 2": Run(flags=[*SHARING, *EXPERTS_SAVED]),
+    "PP 2 x TP 2, experts": Run(flags=pipeline(2, *EXPERTS, *TENSOR_TWO)),
+}
+"""Language models with experts; two replicas divide them in ``EP 2``, and share their plans."""
 TEXT: Mapping[str, Run] = {
     "PP 2 x DP 2, overlap, text": Run(flags=[*TWO, *TEXT_SAVED], images=0),
     "PP 2 x TP 2, sequence parallel, text": Run(flags=pipeline(2, *TENSOR_TWO), images=0),
@@ -56,6 +72,10 @@ TEXT: Mapping[str, Run] = {
 }
 RESUMED: Mapping[str, Run] = {
     "resumed": Run(flags=[*TWO, *LOADED]),
+    "resumed, EP 2": Run(flags=[*SHARING, *EXPERTS_LOADED]),
+    "resumed, EP 2, other segments": Run(
+        flags=[*SHARING, *EXPERTS_LOADED, "--pipeweaver-segments", "vision=1,language=1"]
+    ),
     "resumed, text": Run(flags=[*TWO, *TEXT_LOADED], images=0),
     "resumed, PP 4": Run(flags=pipeline(4, "--use-distributed-optimizer", *LOADED)),
     "resumed, plain": Run(
@@ -181,6 +201,7 @@ QWEN: Mapping[str, Run] = {
 RUNS: Mapping[str, Run] = {
     **PLAIN,
     **IMAGES,
+    **SPARSE,
     **TEXT,
     **RESUMED,
     **DUTIES,

@@ -5,15 +5,22 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed.conftest import Jobs
-from tests.distributed.jobs import IMAGES, LLAVA, TEXT
+from tests.distributed.jobs import IMAGES, LLAVA, SPARSE, TEXT
 from tests.distributed.pretraining import close
 
 pytestmark = pytest.mark.timeout(900)  # whoever asks first waits for all jobs
 
 
-@pytest.mark.parametrize("name", [*IMAGES, *TEXT])
+PLAIN = {
+    **dict.fromkeys(IMAGES, "plain"),
+    **dict.fromkeys(TEXT, "plain, text"),
+    **dict.fromkeys([name for name in SPARSE if "plain" not in name], "plain, experts"),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_losses_are_those_of_megatron_without_pipeweaver(jobs: Jobs, name: str) -> None:
-    plain = jobs.heard["plain, text" if name in TEXT else "plain"]
+    plain = jobs.heard[PLAIN[name]]
     assert list(plain.losses) == list(range(1, 21))
     assert len(plain.evaluated) == 3
     assert plain.losses[20] < plain.losses[1]
@@ -40,6 +47,13 @@ def test_a_run_on_a_data_set_of_energon_goes_on_where_it_was_read(jobs: Jobs) ->
     assert len(set(unbroken.values())) == 8
     rest = {iteration: unbroken[iteration] for iteration in range(4, 9)}
     assert jobs.heard["energon, resumed"].losses == rest
+
+
+def test_a_run_with_experts_that_was_stopped_goes_on_as_if_it_was_not(jobs: Jobs) -> None:
+    unbroken = jobs.heard["PP 2 x EP 2"].losses
+    rest = {iteration: unbroken[iteration] for iteration in range(11, 21)}
+    assert jobs.heard["resumed, EP 2"].losses == rest
+    close(jobs.heard["resumed, EP 2, other segments"], jobs.heard["PP 2 x EP 2"], since=11)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ class RandomCosts:
 
 @contextlib.contextmanager
 def megatron_ranks(
-    pipeline_size: int, virtual_size: int | None, context_size: int = 1
+    pipeline_size: int, virtual_size: int | None, context_size: int = 1, expert_size: int = 1
 ) -> Iterator[Any]:
     """Megatron's parallel state on this job's ranks; yields the process groups."""
     with run_on_cpu():
@@ -105,6 +105,7 @@ def megatron_ranks(
             pipeline_model_parallel_size=pipeline_size,
             virtual_pipeline_model_parallel_size=virtual_size,
             context_parallel_size=context_size,
+            expert_model_parallel_size=expert_size,
         )
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         try:

@@ -199,6 +199,25 @@ def test_flags_without_the_switch_are_refused(flags):
         read_arguments(parse(*flags))
 
 
+def experts(**more):
+    """What Megatron's arguments say of experts, so far that all of it can run."""
+    return {
+        "num_experts": 8,
+        "moe_router_load_balancing_type": "aux_loss",
+        "context_parallel_size": 1,
+        "moe_z_loss_coeff": None,
+        "tensor_model_parallel_size": 1,
+        "expert_tensor_parallel_size": 1,
+        "moe_shared_expert_intermediate_size": None,
+        "moe_grouped_gemm": False,
+        "moe_input_jitter_eps": None,
+        "add_bias_linear": True,
+        "transformer_impl": "local",
+        "use_cpu_initialization": True,
+        **more,
+    }
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -222,7 +241,25 @@ def test_flags_without_the_switch_are_refused(flags):
             },
             "give a multiple of 8",
         ),
-        ({"num_experts": 8}, "no mixture of experts"),
+        (experts(moe_router_load_balancing_type=["aux_loss", "global_aux_loss"]), "give aux_loss"),
+        (experts(context_parallel_size=2, seq_length=None), "its auxiliary loss would count"),
+        (
+            experts(
+                context_parallel_size=2,
+                seq_length=None,
+                moe_router_load_balancing_type="none",
+                moe_z_loss_coeff=0.1,
+            ),
+            "its auxiliary loss would count",
+        ),
+        (experts(expert_tensor_parallel_size=2), "--expert-tensor-parallel-size 2 .* give 1"),
+        (experts(moe_shared_expert_intermediate_size=8), "add --disable-bias-linear"),
+        (experts(moe_grouped_gemm=True), "--moe-grouped-gemm with .* Transformer Engine"),
+        (
+            experts(moe_grouped_gemm=True, transformer_impl="transformer_engine"),
+            "--use-cpu-initialization with --pipeweaver",
+        ),
+        (experts(moe_use_upcycling=True), "--moe-use-upcycling with --pipeweaver"),
     ],
     ids=str,
 )
@@ -241,7 +278,6 @@ REFUSED_VALUES = {
     "decoder_last_pipeline_num_layers": 3,
     "recompute_granularity": "selective",
     "cuda_graph_impl": "local",
-    "num_experts": 8,
     "mtp_num_layers": 1,
 }
 """Values of the arguments that are no switches."""
@@ -277,6 +313,13 @@ def test_what_can_work_together_passes():
 def test_deterministic_order_and_dropout_are_refused():
     with pytest.raises(ConfigError, match="--hidden-dropout 0"):
         check_combinations(megatron(hidden_dropout=0.1), PipeWeaverArguments(deterministic=True))
+
+
+def test_deterministic_order_and_jitter_are_refused():
+    args = megatron(**experts(moe_input_jitter_eps=0.01))
+    check_combinations(args, PipeWeaverArguments())
+    with pytest.raises(ConfigError, match=r"--moe-input-jitter-eps 0.01 and --pipeweaver-det"):
+        check_combinations(args, PipeWeaverArguments(deterministic=True))
 
 
 def test_the_virtual_size_is_the_number_of_chunks():

@@ -74,6 +74,53 @@ def test_replicas_hold_all_pipelines_of_one_data_parallel_rank(sizes, order):
         assert ranks.planning_rank(planning) == planning
 
 
+def expert_groups(*, dp: int, pp: int, tp: int = 1, cp: int = 1, ep: int):
+    """Whom every rank exchanges tokens with; experts are divided as other matrices are.
+
+    Megatron has experts in this order alone.
+    """
+    ranks = tp * cp * dp * pp
+    order = "tp-cp-ep-dp-pp"
+    generator = RankGenerator(tp=tp, ep=ep, dp=ranks // (tp * ep * pp), pp=pp, cp=1, order=order)
+    groups: list[list[int]] = [[] for _ in range(ranks)]
+    for group in generator.get_ranks("tp-ep"):
+        for rank in group:
+            groups[rank] = list(group)
+    return groups
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ep", "sharing"),
+    [
+        ({"dp": 6, "pp": 4}, 1, 1),
+        ({"dp": 6, "pp": 4}, 2, 2),
+        ({"dp": 6, "pp": 4}, 6, 6),
+        ({"tp": 2, "dp": 4, "pp": 3}, 2, 2),
+        ({"cp": 2, "dp": 4, "pp": 3}, 2, 1),  # context-parallel ranks are one replica
+        ({"cp": 2, "dp": 4, "pp": 3}, 4, 2),
+    ],
+    ids=str,
+)
+def test_replicas_whose_stages_exchange_tokens_share_a_plan(sizes, ep, sharing):
+    groups = expert_groups(ep=ep, **sizes)
+    ranks = partition_ranks(job(**sizes), groups)
+    assert ranks.replicas == partition_ranks(job(**sizes)).replicas
+    for rank in range(24):
+        assert set(groups[rank]) <= set(ranks.plan_of(rank))
+        assert set(ranks.replica_of(rank)) <= set(ranks.plan_of(rank))
+        replicas = ranks.replicas_of(rank)
+        assert len(replicas) == sharing
+        assert {one for replica in replicas for one in replica} == set(ranks.plan_of(rank))
+        assert ranks.planning_rank(rank) == replicas[0][0]
+        assert ranks.pipeline_rank(replicas[0][0]) == 0, "the rank that plans loads data"
+
+
+def test_replicas_that_are_joined_twice_share_one_plan():
+    rows = [[rank, rank] for rank in range(5)]
+    ranks = partition_ranks(rows, [[0], [1, 2], [1, 2], [2, 4], [2, 4]])
+    assert ranks.plans == ((0,), (1, 2, 4), (3,))
+
+
 def test_rows_that_contradict_each_other_are_refused():
     rows = job(dp=2, pp=2)
     other = [*rows[:3], [0, 0, 3]]  # rank 3 takes itself for a peer of rank 0
@@ -89,6 +136,6 @@ def test_a_pipeline_across_replicas_is_refused():
 
 
 def test_a_partition_does_not_change():
-    ranks = RankPartition(replicas=((0,),), pipelines=((0,),))
+    ranks = RankPartition(plans=((0,),), replicas=((0,),), pipelines=((0,),))
     with pytest.raises(dataclasses.FrozenInstanceError):
         ranks.replicas = ()

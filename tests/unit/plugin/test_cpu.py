@@ -15,12 +15,16 @@ def on_cpu():
 
 
 def test_everything_is_put_back():
-    before = {(id(one.target), one.name): getattr(one.target, one.name) for one in cpu_patches()}
+    absent = object()
+    before = {
+        (id(one.target), one.name): getattr(one.target, one.name, absent) for one in cpu_patches()
+    }
     inherited = "to" in vars(torch.Tensor)
     with PatchSet(cpu_patches()):
         assert torch.cuda.current_device() == torch.device("cpu")
     for one in cpu_patches():
-        assert getattr(one.target, one.name) is before[id(one.target), one.name], one.name
+        found = getattr(one.target, one.name, absent)
+        assert found is before[id(one.target), one.name], one.name
     assert ("to" in vars(torch.Tensor)) == inherited
 
 

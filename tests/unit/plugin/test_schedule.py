@@ -17,6 +17,7 @@ from megatron_pipeweaver.plugin.schedule import (
     finish_gradients,
     refuse_unsupported,
 )
+from megatron_pipeweaver.plugin.sharing import SharedBatch
 from tests.unit.planner.examples import make_planner
 
 # --- options -------------------------------------------------------------------------------------
@@ -68,7 +69,8 @@ def metadata(microbatch):
 
 def made(schedule, iterator, count=2):
     load = schedule._load(iterator, count)
-    return load, *schedule._make_plan(load, forward_only=False)
+    batch = SharedBatch(planned=load.batch, own=load.batch, failure=load.failure)
+    return load, *schedule._make_plan(batch, forward_only=False)
 
 
 def test_a_batch_becomes_a_plan_of_its_own_digest():
