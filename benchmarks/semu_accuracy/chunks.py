@@ -1,8 +1,7 @@
-"""Chunks of real megatron-core layers: built, run under a memory strategy, timed, weighed.
+"""Chunks of real layers: built, run under a memory strategy, timed, weighed.
 
-ViT and language layers are megatron-core's own. The diffusion layer joins megatron-core's
-self-attention, cross-attention and MLP by norms without weights, shifts, scales and gates from a
-table, as in Wan2.1; megatron-core has no such layer.
+They are the layers that are trained (`models.strategy`): megatron-core's own for ViT and language
+model, megatron-core's attention and MLP between modulated norms for the diffusion model.
 """
 
 import os
@@ -14,23 +13,23 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # read when megatron-core is 
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import CrossAttention, CrossAttentionSubmodules
-from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec as Spec
 from megatron.core.transformer.spec_utils import build_module
 
 from megatron_pipeweaver.ir.lmm import LayerOptions, Modulation, ModuleKind, ModuleSpec
 from megatron_pipeweaver.ir.strategy import LayerStrategy
+from megatron_pipeweaver.models.diffusion_layer import diffusion_layer_spec
+from megatron_pipeweaver.models.options import ModelOptions
+from megatron_pipeweaver.models.packing import packed_sequences
+from megatron_pipeweaver.models.specs import vision_layer_spec
+from megatron_pipeweaver.models.strategy import StrategyLayer
 from megatron_pipeweaver.plugin.cpu import cpu_patches
 from megatron_pipeweaver.plugin.patching import PatchSet
+from megatron_pipeweaver.runtime.activations import ActivationMeter
+from megatron_pipeweaver.runtime.offload import HostOffload
 from megatron_pipeweaver.semu.architecture import LayerSpec, layer_spec
 from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.probes import Clock
@@ -38,8 +37,17 @@ from megatron_pipeweaver.semu.probes import Clock
 LAYERS = 2
 CONTEXT = 64
 """Tokens of text that cross-attention reads."""
-STRATEGIES = (LayerStrategy.KEEP, LayerStrategy.RECOMPUTE, LayerStrategy.ATTENTION)
-"""What megatron-core itself can run: everything kept, whole layers again, core attention again."""
+_HERE = (
+    LayerStrategy.KEEP,
+    LayerStrategy.RECOMPUTE,
+    LayerStrategy.ATTENTION,
+    LayerStrategy.MLP,
+    LayerStrategy.NORM,
+    LayerStrategy.ACTIVATION,
+    LayerStrategy.LIGHT,
+)
+STRATEGIES = {"cpu": _HERE, "cuda": (*_HERE, LayerStrategy.OFFLOAD)}
+"""On a CPU, host and device are one memory, and one thread does not copy beside its work."""
 Size = tuple[int, int]
 """Sequence and batch."""
 
@@ -71,6 +79,11 @@ def _dit(context: int) -> LayerOptions:
     return LayerOptions(context_size=context, modulation=Modulation.TABLE)
 
 
+def _lengths(*lengths: int) -> tuple[Size, ...]:
+    """Clips of these lengths, one at a time: their layers have one row."""
+    return tuple((length, 1) for length in lengths)
+
+
 CASES = {
     "cpu": (
         ChunkCase(
@@ -84,9 +97,9 @@ CASES = {
             held_out=((80, 1), (96, 1), (160, 1), (192, 1), (224, 1), (288, 1)),
         ),
         ChunkCase(
-            module=_module(ModuleKind.DIFFUSION, "192 768 6 6", layer=_dit(256)),
-            seen=((64, 2), (100, 1), (196, 1), (256, 1)),
-            held_out=((81, 1), (144, 1), (144, 2), (225, 1)),
+            module=_module(ModuleKind.DIFFUSION, "192 768 6 6", layer=_dit(192)),
+            seen=_lengths(64, 100, 196, 256),
+            held_out=_lengths(81, 144, 169, 225),
         ),
     ),
     "cuda": (
@@ -101,9 +114,9 @@ CASES = {
             held_out=((1536, 1), (3072, 1), (1024, 2), (1536, 2)),
         ),
         ChunkCase(
-            module=_module(ModuleKind.DIFFUSION, "3072 8192 24 24", layer=_dit(4096)),
-            seen=((1024, 1), (2048, 1), (2048, 2), (4096, 1)),
-            held_out=((1536, 1), (3072, 1), (1024, 2), (1536, 2)),
+            module=_module(ModuleKind.DIFFUSION, "3072 8192 24 24", layer=_dit(3072)),
+            seen=_lengths(1024, 2048, 3072, 4096),
+            held_out=_lengths(1536, 1792, 2560, 3584),
         ),
     ),
 }
@@ -137,12 +150,10 @@ def one_rank(device: str) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _config(spec: LayerSpec, device: str, strategy: LayerStrategy) -> TransformerConfig:
+def _config(spec: LayerSpec, device: str) -> TransformerConfig:
     more: dict[str, object] = {}
     if spec.gated_mlp:
         more |= {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
-    if strategy is LayerStrategy.ATTENTION:
-        more |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     if device == "cuda":
         more |= {"bf16": True, "params_dtype": torch.bfloat16}
     return TransformerConfig(
@@ -166,83 +177,21 @@ def _config(spec: LayerSpec, device: str, strategy: LayerStrategy) -> Transforme
     )
 
 
-class DiffusionLayer(torch.nn.Module):
-    """Self-attention, cross-attention and MLP; shifts, scales and gates from a learned table."""
-
-    def __init__(self, config: TransformerConfig, context_size: int) -> None:
-        super().__init__()
-        parts = get_vit_layer_with_local_spec().submodules
-        device = "cpu" if config.use_cpu_initialization else "cuda"
-        kind = {"device": device, "dtype": config.params_dtype}
-        self.table = torch.nn.Parameter(torch.randn(6, config.hidden_size, **kind) / 10)
-        self.norm_cross = torch.nn.LayerNorm(config.hidden_size, **kind)
-        self.attention = build_module(parts.self_attention, config=config, layer_number=1)
-        self.cross = build_module(
-            Spec(
-                module=CrossAttention,
-                params={"attn_mask_type": AttnMaskType.no_mask},
-                submodules=CrossAttentionSubmodules(
-                    linear_q=ColumnParallelLinear,
-                    linear_kv=ColumnParallelLinear,
-                    core_attention=DotProductAttention,
-                    linear_proj=RowParallelLinear,
-                ),
-            ),
-            config=config,
-            layer_number=1,
-        )
-        # megatron-core takes keys and values of the queries' width; here they have their own.
-        self.cross.linear_kv = build_module(
-            ColumnParallelLinear,
-            context_size,
-            2 * config.kv_channels * config.num_query_groups,
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=config.add_bias_linear,
-            skip_bias_add=False,
-            is_expert=False,
-        )
-        self.mlp = MLP(
-            config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        )
-        self.width = config.hidden_size
-
-    def _normed(self, hidden: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor):
-        normed = torch.nn.functional.layer_norm(hidden, (self.width,))
-        return torch.addcmul(shift, normed, 1 + scale)
-
-    def forward(self, hidden, attention_mask=None, context=None, **_):
-        """The layer; like megatron-core's, a pair whose second half is not used."""
-        one, two, three, four, five, six = self.table.unbind(0)
-        branch, bias = self.attention(self._normed(hidden, one, two), attention_mask=None)
-        hidden = hidden + three * (branch if bias is None else branch + bias)
-        branch, bias = self.cross(
-            self.norm_cross(hidden), attention_mask=None, key_value_states=context
-        )
-        hidden = hidden + (branch if bias is None else branch + bias)
-        branch, bias = self.mlp(self._normed(hidden, four, five))
-        return hidden + six * (branch if bias is None else branch + bias), None
-
-
-def build_layers(module: ModuleSpec, device: str, strategy: LayerStrategy) -> list[torch.nn.Module]:
-    """`LAYERS` real layers of `module` on `device`."""
+def build_layers(module: ModuleSpec, device: str) -> list[StrategyLayer]:
+    """`LAYERS` real layers of `module` on `device`, megatron-core's own and not fused."""
     spec = layer_spec(module)
-    config = _config(spec, device, strategy)
+    config, options = _config(spec, device), ModelOptions(transformer_engine=False)
     if spec.modulation is not None:
-        assert spec.context_size is not None
-        return [DiffusionLayer(config, spec.context_size).train() for _ in range(LAYERS)]
-    norm = "RMSNorm" if spec.rms_norm else None
-    made = (
-        get_gpt_layer_local_spec(normalization=norm)
-        if spec.causal
-        else get_vit_layer_with_local_spec()
-    )
-    layers = [
-        build_module(made, config=config, layer_number=number + 1).train()
-        for number in range(LAYERS)
-    ]
-    return [layer.to(device) for layer in layers]
+        made = diffusion_layer_spec(module, options)
+    elif spec.causal:
+        norm = "RMSNorm" if spec.rms_norm else None
+        made = replace(get_gpt_layer_local_spec(normalization=norm), module=StrategyLayer)
+    else:
+        made = vision_layer_spec(options)
+    numbers = range(1, LAYERS + 1)
+    layers = [build_module(made, config=config, layer_number=number) for number in numbers]
+    dtype = config.params_dtype
+    return [layer.train().to(device=device, dtype=dtype) for layer in layers]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,14 +206,15 @@ class Weight:
 
 
 class Chunk:
-    """Real layers of one case under one strategy, at any size."""
+    """Real layers of one case, at any size under any strategy."""
 
-    def __init__(self, case: ChunkCase, device: str, strategy: LayerStrategy) -> None:
-        self.case, self.strategy = case, strategy
+    def __init__(self, case: ChunkCase, device: str) -> None:
+        self.case = case
         self._device = device
         self._dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self._spec = layer_spec(case.module)
-        self._layers = build_layers(case.module, device, strategy)
+        self._layers = build_layers(case.module, device)
+        self._stream = torch.cuda.Stream() if device == "cuda" else None
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self._device, dtype=self._dtype)
@@ -275,75 +225,77 @@ class Chunk:
             yield from layer.parameters()
 
     def made(
-        self, size: Size
+        self, size: Size, strategy: LayerStrategy, offload: HostOffload | None = None
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor], tuple[torch.Tensor, ...]]:
         """The chunk's input at `size`, its forward, and what that reads of other modules."""
         sequence, batch = size
-        spec = self._spec
+        spec, device = self._spec, torch.device(self._device)
         hidden = self._random(sequence, batch, spec.hidden_size).requires_grad_(True)
-        mask = torch.ones(1, 1, sequence, sequence, dtype=torch.bool, device=self._device).triu(1)
-        angles = torch.randn(sequence, 1, 1, spec.head_size, device=self._device)
-        context = self._random(CONTEXT, batch, spec.context_size or 1)
-        more: dict[str, torch.Tensor] = {}
+        mask = torch.ones(1, 1, sequence, sequence, dtype=torch.bool, device=device).triu(1)
+        more: dict[str, object] = {"attention_mask": mask if spec.causal else None}
+        given = [mask]
         if spec.rotary:
-            more["rotary_pos_emb"] = angles
-        if spec.context_size is not None:
-            more["context"] = context
+            more["rotary_pos_emb"] = torch.randn(sequence, 1, 1, spec.head_size, device=device)
+        if spec.modulation is not None:
+            rows = spec.modulation.time_tokens + CONTEXT
+            given.append(self._random(rows, 1, spec.context_size or 1))
+            more["context"] = given[-1]
+            more["packed_seq_params"] = packed_sequences([sequence], device, [CONTEXT])
 
         def forward(states: torch.Tensor) -> torch.Tensor:
             for layer in self._layers:
-                run = lambda one, layer=layer: layer(one, attention_mask=mask, **more)[0]  # noqa: E731
-                again = self.strategy is LayerStrategy.RECOMPUTE
-                states = tensor_parallel.checkpoint(run, False, states) if again else run(states)
+                layer.strategy, layer.saver = strategy, offload
+                states, _ = layer(states, **more)
             return states
 
-        return hidden, forward, (context,)
+        return hidden, forward, tuple(given)
 
-    def time_ns(self, size: Size, clock: Clock) -> tuple[int, int]:
+    def time_ns(self, size: Size, strategy: LayerStrategy, clock: Clock) -> tuple[int, int]:
         """Forward and backward, once."""
-        hidden, forward, _ = self.made(size)
+        offload = HostOffload(self._stream)
+        hidden, forward, _ = self.made(size, strategy, offload)
         gradient = torch.randn_like(hidden)
         start = clock.now_ns()
         output = forward(hidden)
         middle = clock.now_ns()
+        offload.prefetch()
         output.backward(gradient)
+        offload.finish()
         return middle - start, clock.now_ns() - middle
 
-    def weigh(self, size: Size) -> Weight:
+    def weigh(self, size: Size, strategy: LayerStrategy) -> Weight:
         """What is kept from the forward to the backward, and the peak of both."""
         if self._device == "cpu":
-            return Weight(held_bytes=self._saved_bytes(size), peak_bytes=None)
-        hidden, forward, _ = self.made(size)
+            return Weight(held_bytes=self._saved_bytes(size, strategy), peak_bytes=None)
+        offload = HostOffload(self._stream)
+        hidden, forward, _ = self.made(size, strategy, offload)
         gradient = torch.randn_like(hidden)
-        forward(hidden).backward(gradient)  # so that weights have their gradients
-        hidden.grad = None
+        warm, run, _ = self.made(size, LayerStrategy.KEEP)
+        run(warm).backward(gradient)  # so that weights have their gradients
+        del warm, run
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         output = forward(hidden)
+        torch.cuda.synchronize()
         held = torch.cuda.memory_allocated() - before
+        offload.prefetch()
         output.backward(gradient)
+        offload.finish()
         peak = torch.cuda.max_memory_allocated() - before
         # The chunk's input, which its first layer keeps, was there before.
-        own = hidden.nbytes
+        own = 0 if strategy is LayerStrategy.OFFLOAD else hidden.nbytes
         return Weight(held_bytes=held - output.nbytes + own, peak_bytes=peak + own)
 
-    def _saved_bytes(self, size: Size) -> int:
-        """Storages that autograd keeps, parameters and what other modules hold apart."""
-        hidden, forward, given = self.made(size)
-        ignored = {one.untyped_storage().data_ptr() for one in (*self.parameters(), *given)}
-        kept: dict[int, tuple[int, torch.Tensor]] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            floats = tensor.dtype is self._dtype
-            if storage.data_ptr() not in ignored and floats:
-                kept[storage.data_ptr()] = (storage.nbytes(), tensor.detach())
-            return tensor.detach()
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            forward(hidden)
-        return sum(size for size, _ in kept.values())
+    def _saved_bytes(self, size: Size, strategy: LayerStrategy) -> int:
+        """Bytes that autograd keeps, parameters and what other modules hold apart."""
+        hidden, forward, given = self.made(size, strategy)
+        meter = ActivationMeter([*self.parameters(), *given])
+        with meter.recording():
+            output = forward(hidden)
+        held = meter.held_bytes
+        output.sum().backward()
+        return held
 
 
 def cases(device: str, *, small: bool) -> tuple[ChunkCase, ...]:

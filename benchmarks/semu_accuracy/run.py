@@ -4,11 +4,10 @@
     python -m benchmarks.semu_accuracy.run --device cuda --base H100 -o FILE
 
 Calibrates from single operators and from chunks at some sizes, then compares chunks (forward plus
-backward; ViT, language model, diffusion model; each strategy that megatron-core can run) at sizes
-that calibration never saw. All are measured in turn, round by round, so that a machine that drifts
-does so for calibration and comparison alike; medians over rounds count. On a CPU times are
-processor times of one thread, and the C library is told to keep freed memory, as torch's allocator
-does on a GPU.
+backward; ViT, language model, diffusion model; each strategy) at sizes that calibration never saw.
+All are measured in turn, round by round, so that a machine that drifts does so for calibration and
+comparison alike; medians over rounds count. On a CPU times are processor times of one thread, and
+the C library is told to keep freed memory, as torch's allocator does on a GPU.
 """
 
 import argparse
@@ -57,13 +56,18 @@ MIB = 1 << 20
 
 @dataclass(slots=True)
 class Timed:
-    """One chunk at one size: its times over the rounds."""
+    """One chunk at one size under one strategy: its times over the rounds."""
 
-    case: ChunkCase
     chunk: Chunk
     size: Size
+    strategy: LayerStrategy = LayerStrategy.KEEP
     forward: list[int] = field(default_factory=list)
     backward: list[int] = field(default_factory=list)
+
+    @property
+    def case(self) -> ChunkCase:
+        """What the chunk is made of."""
+        return self.chunk.case
 
     def both_ns(self) -> float:
         """Median of forward plus backward."""
@@ -71,10 +75,13 @@ class Timed:
 
 
 def options_of(device: str) -> RunOptions:
-    """How the local layers of megatron-core run: nothing fused."""
+    """How the local layers of megatron-core run: nothing fused, but for what torch fuses itself."""
     if device == "cpu":
         return RunOptions.unfused()
-    return replace(RunOptions.unfused(element_bytes=2), mask_bytes=1)
+    row = torch.ones(8, device=device, dtype=torch.bfloat16, requires_grad=True)
+    normed = torch.nn.functional.rms_norm(row, (8,), torch.ones_like(row))
+    fused = "Fused" in type(normed.grad_fn).__name__
+    return replace(RunOptions.unfused(element_bytes=2), mask_bytes=1, fused_norm=fused)
 
 
 def predicted_ns(
@@ -111,7 +118,7 @@ def timed_rounds(rounds: int, probes: ProbeRounds, chunks: Sequence[Timed]) -> N
             if one is None:
                 probes.run_one(index)
                 continue
-            forward, backward = one.chunk.time_ns(one.size, probes.clock)
+            forward, backward = one.chunk.time_ns(one.size, one.strategy, probes.clock)
             if number:
                 one.forward.append(forward)
                 one.backward.append(backward)
@@ -158,21 +165,13 @@ def report(arguments: argparse.Namespace) -> str:
     with one_rank(device):
         chosen = cases(device, small=arguments.small)
         probes = ProbeRounds(device, sizes, options=options)
-        made = {
-            (case.module.name, strategy): Chunk(case, device, strategy)
-            for case in chosen
-            for strategy in STRATEGIES
-        }
-        seen = [
-            Timed(case, made[case.module.name, LayerStrategy.KEEP], size)
-            for case in chosen
-            for size in case.seen
-        ]
+        made = [Chunk(case, device) for case in chosen]
+        seen = [Timed(chunk, size) for chunk in made for size in chunk.case.seen]
         held_out = [
-            Timed(case, made[case.module.name, strategy], size)
-            for strategy in STRATEGIES
-            for case in chosen
-            for size in case.held_out
+            Timed(chunk, size, strategy)
+            for strategy in STRATEGIES[device]
+            for chunk in made
+            for size in chunk.case.held_out
         ]
         timed_rounds(arguments.repeats, probes, [*seen, *held_out])
         fitted = calibrate(probes.samples(), plain)
@@ -193,7 +192,7 @@ def time_lines(costs: AnalyticCostModel, held_out: Sequence[Timed]) -> list[str]
     rows = []
     errors: dict[LayerStrategy, dict[str, list[float]]] = {}
     for one in held_out:
-        strategy, name = one.chunk.strategy, one.case.module.name
+        strategy, name = one.strategy, one.case.module.name
         predicted, measured = sum(predicted_ns(costs, one.case, one.size, strategy)), one.both_ns()
         error = predicted / measured - 1
         errors.setdefault(strategy, {}).setdefault(name, []).append(error)
@@ -227,8 +226,8 @@ def time_lines(costs: AnalyticCostModel, held_out: Sequence[Timed]) -> list[str]
 def memory_lines(costs: AnalyticCostModel, held_out: Sequence[Timed]) -> list[str]:
     rows, errors = [], []
     for one in held_out:
-        held, peak = predicted_bytes(costs, one.case, one.size, one.chunk.strategy)
-        found = one.chunk.weigh(one.size)
+        held, peak = predicted_bytes(costs, one.case, one.size, one.strategy)
+        found = one.chunk.weigh(one.size, one.strategy)
         what, measured, predicted = (
             ("kept", found.held_bytes, held)
             if found.peak_bytes is None
@@ -237,7 +236,7 @@ def memory_lines(costs: AnalyticCostModel, held_out: Sequence[Timed]) -> list[st
         errors.append(predicted / measured - 1)
         rows.append(
             [
-                one.chunk.strategy.value,
+                one.strategy.value,
                 one.case.module.name,
                 f"{one.size[0]} x {one.size[1]}",
                 what,

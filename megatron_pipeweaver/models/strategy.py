@@ -81,19 +81,22 @@ class StrategyLayer(TransformerLayer):  # type: ignore[misc]
 
     def _choose(self, strategy: LayerStrategy) -> None:
         """Have the layer's parts run under `strategy`."""
-        self.self_attention.checkpoint_core_attention = strategy is LayerStrategy.ATTENTION
+        for attention in (self.self_attention, self.cross_attention):
+            attention.checkpoint_core_attention = strategy is LayerStrategy.ATTENTION
         # Two of them may change one module: what is kept first, then what is dropped.
         for part, on in sorted(self._droppable(strategy), key=lambda each: each[1]):
             part.turn(on)
 
     def _droppable(self, strategy: LayerStrategy) -> Iterator[tuple[Dropped, bool]]:
         """What can be dropped, and whether `strategy` says so."""
-        mlp, attention = self.mlp, self.self_attention
+        mlp = self.mlp
         has_experts = isinstance(mlp, MoELayer)
-        norms = (
-            (self.input_layernorm, attention.linear_qkv),
+        norms = [
+            (self.input_layernorm, self.self_attention.linear_qkv),
             (self.pre_mlp_layernorm, mlp if has_experts else mlp.linear_fc1),
-        )
+        ]
+        if not isinstance(self.cross_attention, IdentityOp):
+            norms.append((self.pre_cross_attn_layernorm, self.cross_attention.linear_q))
         for norm, behind in norms:
             # Transformer Engine's norms are parts of the linears behind them.
             if not isinstance(norm, IdentityOp):

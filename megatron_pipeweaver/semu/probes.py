@@ -31,7 +31,7 @@ from megatron_pipeweaver.semu.work import Operator, Phase
 
 _LEAST_NS = 300_000
 """Shorter operators run several times between two looks at the clock."""
-_HEAD_SIZE = 32
+_HEAD_SIZES = {"cpu": 32, "cuda": 128}
 
 _SIZES: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
     {
@@ -221,6 +221,7 @@ class _Maker:
         self.torch = torch
         self.functional = torch.nn.functional
         self.options = options
+        self.head_size = _HEAD_SIZES[device]
         self._device = device
         self._dtype = torch.float32 if device == "cpu" else torch.bfloat16
 
@@ -357,13 +358,14 @@ def _copies(maker: _Maker, rows: int, width: int) -> list[Probe]:
 
 def _attentions(maker: _Maker, rows: int, width: int) -> list[Probe]:
     """Scores, softmax and context of one sequence as Megatron's own; or the whole, fused."""
-    heads = max(1, width // _HEAD_SIZE)
-    shape = AttentionShape(rows=rows, heads=heads, head_size=_HEAD_SIZE, pairs=rows * rows)
+    size = maker.head_size
+    heads = max(1, width // size)
+    shape = AttentionShape(rows=rows, heads=heads, head_size=size, pairs=rows * rows)
     sketch = Sketch("sample", maker.options)
-    names = tuple(sketch.tensor(name, rows * width) for name in ("q", "k", "v"))
+    names = tuple(sketch.tensor(name, rows * heads * size) for name in ("q", "k", "v"))
     attention(sketch, "attention", (names[0], names[1], names[2]), shape)
     if maker.options.attention is Attention.FLASH:
-        query, key, value = (maker.tensor(1, heads, rows, _HEAD_SIZE) for _ in range(3))
+        query, key, value = (maker.tensor(1, heads, rows, size) for _ in range(3))
         fused = maker.functional.scaled_dot_product_attention
         return [
             Probe(
@@ -380,7 +382,7 @@ def _dense_attentions(
 ) -> list[Probe]:
     torch = maker.torch
     # As in Megatron, heads of one row stand side by side.
-    query, key, value = (maker.tensor(rows, heads, _HEAD_SIZE) for _ in range(3))
+    query, key, value = (maker.tensor(rows, heads, maker.head_size) for _ in range(3))
     weights = maker.tensor(heads, rows, rows)
     mask = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
     buffer = torch.empty_like(weights, requires_grad=False)

@@ -14,7 +14,7 @@ peers = pytest.importorskip("benchmarks.semu_peers.run")
 def test_the_comparison_runs_on_a_cpu_in_small(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = argparse.Namespace(device="cpu", base=None, repeats=1, small=True, output=None)
     text = run.report(arguments)
-    for strategy in ("keep", "recompute", "recompute_attention"):
+    for strategy in run.STRATEGIES["cpu"]:
         for name in ("vision", "language", "diffusion"):
             assert f"- time, {strategy}, {name}: " in text
     kept = text.rpartition("**memory: ")[2].partition("%")[0]

@@ -158,20 +158,20 @@ def test_full_recompute(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("size", [(81, 1), (36, 2)], ids=str)
-@pytest.mark.parametrize("strategy", chunks.STRATEGIES)
+@pytest.mark.parametrize("size", [(81, 1), (144, 1)], ids=str)
+@pytest.mark.parametrize("strategy", chunks.STRATEGIES["cpu"])
 def test_layers_with_cross_attention_and_modulation(
     strategy: LayerStrategy, size: tuple[int, int]
 ) -> None:
     (case,) = (one for one in chunks.CASES["cpu"] if one.module.kind is ModuleKind.DIFFUSION)
-    chunk = chunks.Chunk(case, "cpu", strategy)
+    chunk = chunks.Chunk(case, "cpu")
     graph = transformer_layer(
         layer_spec(case.module), chunks.load_of(case, size), RunOptions.unfused()
     )
     assert chunks.LAYERS * _held(graph, strategy) == pytest.approx(
-        chunk.weigh(size).held_bytes, rel=0.03
+        chunk.weigh(size, strategy).held_bytes, rel=0.03
     )
-    hidden, forward, _ = chunk.made(size)
+    hidden, forward, _ = chunk.made(size, strategy)
     with megatron_layers.FlopCount() as counted:
         output = forward(hidden)
     assert chunks.LAYERS * graph.flops(Phase.FORWARD) == pytest.approx(counted.total, rel=0.005)
