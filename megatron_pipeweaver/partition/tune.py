@@ -110,9 +110,38 @@ def parallel_choices(
 
 
 def _divides_widths(tensor: int, model: ModelSpec) -> bool:
-    widths = [size for one in model.modules for size in (one.attention_heads, one.ffn_hidden_size)]
-    widths += [one.layer.experts.ffn_hidden_size for one in model.modules if one.layer.experts]
-    return not any(width % tensor for width in widths)
+    return not any(width % tensor for width in _widths(model).values())
+
+
+def _widths(model: ModelSpec) -> dict[str, int]:
+    """What tensor parallelism divides, by what to call it."""
+    widths = {}
+    for one in model.modules:
+        widths[f"{one.name!r} has {one.attention_heads} attention heads"] = one.attention_heads
+        widths[f"{one.name!r} has an FFN of {one.ffn_hidden_size}"] = one.ffn_hidden_size
+        if one.layer.experts is not None:
+            inner = one.layer.experts.ffn_hidden_size
+            widths[f"{one.name!r} has experts of {inner}"] = inner
+    return widths
+
+
+def _check_sizes(job: Job, parallel: ParallelSizes) -> None:
+    if len(job.microbatches) % parallel.data:
+        raise ConfigError(
+            f"{len(job.microbatches)} microbatches cannot be dealt to {parallel.data} replicas; "
+            "give a multiple, or another data-parallel size"
+        )
+    for what, width in _widths(job.model).items():
+        if width % parallel.tensor:
+            raise ConfigError(
+                f"tensor parallelism over {parallel.tensor} ranks: module {what}; give a divisor"
+            )
+    deepest = max(one.layers for one in job.model.modules)
+    if parallel.pipeline > deepest:
+        raise ConfigError(
+            f"pipeline of {parallel.pipeline} ranks: no module has more than {deepest} layers; "
+            "give fewer ranks"
+        )
 
 
 def _expert_sizes(model: ModelSpec, replicas: int, wanted: Sequence[int] | None) -> Iterator[int]:
@@ -191,10 +220,7 @@ def evaluate(
         InfeasibleError: it does not fit into memory.
         ConfigError: the sizes do not fit the batch or the model.
     """
-    if len(job.microbatches) % parallel.data:
-        raise ConfigError(
-            f"{len(job.microbatches)} microbatches cannot be dealt to {parallel.data} replicas"
-        )
+    _check_sizes(job, parallel)
     options = replace(job.options, parallel=parallel)
     costs = AnalyticCostModel(
         job.device, options, reuse=reuse, strategies=job.strategies, disk=disk

@@ -115,6 +115,18 @@ def test_microbatches_that_cannot_be_dealt_are_refused() -> None:
         evaluate(JOB, parallel, one_by_one)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"pipeline": 1, "tensor": 3}, "over 3 ranks: module 'vision' has 16 attention heads"),
+        ({"pipeline": 128, "tensor": 1}, "pipeline of 128 ranks: no module has more than 63"),
+    ],
+)
+def test_sizes_that_no_module_can_be_cut_into_are_refused(sizes: dict[str, int], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        evaluate(JOB, ParallelSizes(**sizes), one_by_one)
+
+
 def test_nothing_fits_says_what_to_do() -> None:
     with pytest.raises(InfeasibleError, match="use more ranks"):
         tune(JOB, 1, one_by_one)
