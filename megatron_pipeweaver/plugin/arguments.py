@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ def check_combinations(args: argparse.Namespace, ours: PipeWeaverArguments) -> N
 
 def _check_experts(args: argparse.Namespace, ours: PipeWeaverArguments) -> None:
     """Refuse what experts cannot do under plans that change, or in chunks."""
-    balancing = args.moe_router_load_balancing_type
+    balancing = " ".join(_balancing(args))
     tensor, expert_tensor = args.tensor_model_parallel_size, args.expert_tensor_parallel_size
     shared = args.moe_shared_expert_intermediate_size
     refused = {
@@ -182,7 +182,7 @@ def _check_experts(args: argparse.Namespace, ours: PipeWeaverArguments) -> None:
             "aux_loss or seq_aux_loss",
         ),
         f"--context-parallel-size {args.context_parallel_size} and --moe-aux-loss-coeff": (
-            args.context_parallel_size > 1 and _balances(args),
+            args.context_parallel_size > 1 and _has_own_losses(args),
             "every rank's loss is that of the whole sequence, and its auxiliary loss would count "
             "for too little; give --moe-router-load-balancing-type none, or no context parallelism",
         ),
@@ -212,11 +212,15 @@ def _check_experts(args: argparse.Namespace, ours: PipeWeaverArguments) -> None:
             raise ConfigError(f"{flag} with --pipeweaver: {why}")
 
 
-def _balances(args: argparse.Namespace) -> bool:
+def _balancing(args: argparse.Namespace) -> Sequence[str]:
+    """How routers balance their experts' loads."""
+    kinds: str | list[str] = args.moe_router_load_balancing_type
+    return [kinds] if isinstance(kinds, str) else kinds
+
+
+def _has_own_losses(args: argparse.Namespace) -> bool:
     """Whether routers add losses of their own."""
-    kinds = args.moe_router_load_balancing_type
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    return args.moe_z_loss_coeff is not None or any("aux_loss" in one for one in kinds)
+    return args.moe_z_loss_coeff is not None or any("aux_loss" in one for one in _balancing(args))
 
 
 def _check_sequence(args: argparse.Namespace) -> None:

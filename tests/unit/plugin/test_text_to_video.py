@@ -103,6 +103,7 @@ def test_the_typical_microbatch_fills_the_sequence() -> None:
         ({"micro_batch_size": 2}, "--micro-batch-size 1"),
         ({"sequence_parallel": True}, "--sequence-parallel"),
         ({"context_parallel_size": 2}, "give --context-parallel-size 1"),
+        ({"num_experts": 8}, "--num-experts 8: text-to-video chunks have no experts"),
         ({"img_w": 31}, "--img-w 31"),
         ({"seq_length": 100}, "--seq-length 100"),
         ({"max_position_embeddings": 100}, "--max-position-embeddings 100"),
