@@ -53,12 +53,16 @@ def cross_pairs(load: Load, kind: Attention) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """Sizes of one attention on one rank; `pairs` are query-key pairs per head."""
+    """Sizes of one attention on one rank; `pairs` are query-key pairs per head.
+
+    Where nothing is `masked` out, dense attention does not fill scores in.
+    """
 
     rows: int
     heads: int
     head_size: int
     pairs: int
+    masked: bool = True
 
 
 def attention(
@@ -208,8 +212,8 @@ def _dense_attention(
             inputs=(scores,),
             outputs=tuple(makes),
             saves=tuple(makes),
-            forward=Work(memory_bytes=4 * moved),
-            input_grad=Work(memory_bytes=5 * moved),
+            forward=Work(memory_bytes=(4 if shape.masked else 2) * moved),
+            input_grad=Work(memory_bytes=(5 if shape.masked else 3) * moved),
         )
     )
     output = sketch.tensor(f"{name}.out", shape.rows * shape.heads * shape.head_size)

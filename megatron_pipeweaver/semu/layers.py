@@ -150,6 +150,7 @@ def _attention_block(sketch: Sketch, spec: LayerSpec, load: Load, hidden: str) -
             -pairs(load, options.attention, causal=spec.causal, window=spec.window)
             // options.parallel.context
         ),
+        masked=spec.causal or spec.window is not None or len(load.lengths) > load.batch,
     )
     context = ring_attention(sketch, "attention", (query, key, value), shape)
     branch = linear(
@@ -250,6 +251,7 @@ def _cross_attention_block(
         heads=heads,
         head_size=spec.head_size,
         pairs=-(-cross_pairs(load, options.attention) // options.parallel.context),
+        masked=len(load.context_lengths) > load.batch,
     )
     attended = attention(sketch, "cross_attention", (query, key, value), shape)
     branch = linear(
