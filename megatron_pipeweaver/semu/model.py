@@ -262,8 +262,12 @@ class AnalyticCostModel:
         profile = self.profile
         if not part.is_layer or not profile.has_layer_factors:
             return cost
-        # What runs again is a forward within the backward.
-        again_ns = cost.backward_ns - self.part_cost(part, LayerStrategy.KEEP).backward_ns
+        # What runs again is a forward within the backward; the rest are gradients, be they of
+        # weights that cannot run apart.
+        keep = self.part_cost(part, LayerStrategy.KEEP)
+        again_ns = (cost.backward_ns + cost.weight_grad_ns) - (
+            keep.backward_ns + keep.weight_grad_ns
+        )
         whole = strategy is LayerStrategy.RECOMPUTE
         backward_ns = cost.backward_ns - again_ns
         return replace(

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from megatron_pipeweaver.ir.cluster import ParallelSizes
@@ -41,6 +43,17 @@ def test_recompute_holds_the_layers_inputs_and_pays_their_forward() -> None:
     whole = keep.backward_ns + keep.weight_grad_ns
     assert recompute.backward_ns == whole + keep.forward_ns
     assert recompute.weight_grad_ns == 0  # what was dropped is not held for it once more
+
+
+def test_weight_gradients_that_cannot_run_apart_are_timed_as_gradients() -> None:
+    # They were taken for something that runs again, and timed by the factor of forwards.
+    profile = replace(load_device("H100"), layer_forward_permille=500, layer_backward_permille=1500)
+    costs = AnalyticCostModel(profile, RunOptions(), strategies=tuple(LayerStrategy))
+    keep, *others = costs.stage_strategies(_module(), MIDDLE, LOAD)
+    for one in others:
+        if one.name != LayerStrategy.OFFLOAD:
+            whole_ns = one.backward_ns + one.weight_grad_ns
+            assert whole_ns >= keep.backward_ns + keep.weight_grad_ns, one.name
 
 
 def test_only_what_masks_fills_in_scores() -> None:
