@@ -3,7 +3,7 @@ r"""Emulated iterations of the paper's setups: its ablation, and static systems 
     python -m benchmarks.ablation.run vlm-s vlm-m -o benchmarks/ablation/result.csv
 
 Run from the repository root. A setup's rows are appended to the file together, one row per system
-and batch; `--table FILE` prints what the file holds.
+and batch, without systems that fit no batch; `--table FILE` prints what the file holds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks.ablation.jobs import load_bench
 from benchmarks.ablation.systems import SYSTEMS, Run, load_case, memory
 from megatron_pipeweaver.config import SECOND_NS, SearchConfig
+from megatron_pipeweaver.errors import InfeasibleError
 
 COLUMNS = ("setup", "system", "setting", "batch", "makespan_ns")
 PAPER_S = {
@@ -51,7 +52,15 @@ def main() -> None:
         done: dict[str, Run] = {}
         for name in args.systems:
             started = time.perf_counter()
-            run = memory(case, done.get("reordering")) if name == "memory" else SYSTEMS[name](case)
+            try:
+                run = (
+                    memory(case, done.get("reordering"))
+                    if name == "memory"
+                    else SYSTEMS[name](case)
+                )
+            except InfeasibleError as error:
+                print(f"  {name:<15} {error}", flush=True)
+                continue
             done[name] = run
             rows += [
                 (setup, name, run.setting, batch, makespan)
