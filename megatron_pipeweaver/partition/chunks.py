@@ -67,12 +67,10 @@ def segment_limits(model: ModelSpec, pipeline_size: int) -> dict[str, int]:
     return {module.name: max(1, module.layers // pipeline_size) for module in model.modules}
 
 
-def cut_layers(layers: int, stages: int, *, shorter_last: bool = False) -> tuple[int, ...]:
-    """Layers per stage: as even as can be, the shorter stages first, zeros where layers run out.
+def cut_layers(layers: int, stages: int) -> tuple[int, ...]:
+    """Layers per stage: as even as can be, the longer stages first, zeros where layers run out.
 
-    What the first stage keeps, it keeps the longest: from its forward to the last backward of the
-    microbatch. So a layer less there makes the most room. With `shorter_last` the last stages go
-    short instead: where the very last one has a head to work on as well.
+    The last stage also holds the head (or the projector), so it is the first to go short.
 
     Raises:
         ConfigError: `layers` is negative or `stages` is below one.
@@ -80,8 +78,7 @@ def cut_layers(layers: int, stages: int, *, shorter_last: bool = False) -> tuple
     if layers < 0 or stages < 1:
         raise ConfigError(f"cut {layers} layers into {stages} stages: need >= 0 and >= 1")
     small, longer = divmod(layers, stages)
-    falling = tuple(small + (stage < longer) for stage in range(stages))
-    return falling if shorter_last else falling[::-1]
+    return tuple(small + (stage < longer) for stage in range(stages))
 
 
 def make_layout(model: ModelSpec, pipeline_size: int, segments: Mapping[str, int]) -> ChunkLayout:
@@ -117,12 +114,7 @@ def make_layout(model: ModelSpec, pipeline_size: int, segments: Mapping[str, int
             ModuleLayout(
                 module=module.name,
                 segments=wanted,
-                layers=cut_layers(
-                    module.layers,
-                    pipeline_size * wanted,
-                    # The head of a language model takes as long as layers do.
-                    shorter_last=module.vocab_size is not None and module.output_size is None,
-                ),
+                layers=cut_layers(module.layers, pipeline_size * wanted),
             )
         )
     return ChunkLayout(pipeline_size=pipeline_size, modules=tuple(cuts))

@@ -26,10 +26,7 @@ def _module(name: str, layers: int, **more: object) -> ModuleSpec:
 
 MODEL = ModelSpec(
     name="small",
-    modules=(
-        _module("vision", 10),
-        _module("language", 3, after=("vision",), vocab_size=256),
-    ),
+    modules=(_module("vision", 10), _module("language", 3, after=("vision",))),
 )
 
 
@@ -73,15 +70,10 @@ def test_limits_leave_a_layer_in_every_chunk() -> None:
     assert segment_limits(MODEL, 16) == {"vision": 1, "language": 1}
 
 
-def test_cut_is_even_and_shorter_stages_come_first() -> None:
-    assert cut_layers(63, 4) == (15, 16, 16, 16)
-    assert cut_layers(3, 5) == (0, 0, 1, 1, 1)
+def test_cut_is_even_and_longer_stages_come_first() -> None:
+    assert cut_layers(63, 4) == (16, 16, 16, 15)
+    assert cut_layers(3, 5) == (1, 1, 1, 0, 0)
     assert cut_layers(0, 2) == (0, 0)
-
-
-def test_shorter_stages_come_last_where_there_is_a_head() -> None:
-    assert cut_layers(63, 4, shorter_last=True) == (16, 16, 16, 15)
-    assert cut_layers(3, 5, shorter_last=True) == (1, 1, 1, 0, 0)
 
 
 @pytest.mark.parametrize(("layers", "stages"), [(-1, 2), (3, 0)])
@@ -93,7 +85,7 @@ def test_cut_refuses_what_cannot_be(layers: int, stages: int) -> None:
 def test_layout_has_every_module_in_order() -> None:
     layout = make_layout(MODEL, 2, {"vision": 3})
     assert [(one.module, one.segments, one.layers) for one in layout.modules] == [
-        ("vision", 3, (1, 1, 2, 2, 2, 2)),
+        ("vision", 3, (2, 2, 2, 2, 1, 1)),
         ("language", 1, (2, 1)),
     ]
     assert layout.virtual_size == 4
