@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
@@ -19,6 +17,7 @@ from benchmarks.paced.cases import TINY, PacedCase, PlannedBatch
 from benchmarks.paced.interleaving import ChunkCost
 from benchmarks.paced.megatron import MegatronSetting
 from benchmarks.paced.pace import Pace, PacedTimes, measured_margin_ns, paced
+from benchmarks.turns import timed
 from megatron_pipeweaver.ir.plan import PlanPass
 from megatron_pipeweaver.ir.problem import OpKey, OpKind, dependencies
 from megatron_pipeweaver.ir.timeline import StrategyTable
@@ -28,8 +27,6 @@ from megatron_pipeweaver.runtime.stage import ModuleStages
 from megatron_pipeweaver.runtime.transfer import ProcessGroupTransport
 from tests.distributed.harness import RankContext
 from tests.distributed.training import megatron_ranks
-
-_START_AHEAD_NS = 50_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,17 +76,6 @@ def _row(system: str, batch: int, repeat: int, measured_ns: int, emulated_ns: in
     return Measured(
         system=system, batch=batch, repeat=repeat, measured_ns=measured_ns, emulated_ns=emulated_ns
     )
-
-
-def timed(run: Callable[[], None]) -> int:
-    """Real time from an instant that all ranks start at to the end of the last one."""
-    start = torch.tensor([time.perf_counter_ns() + _START_AHEAD_NS])
-    dist.all_reduce(start, dist.ReduceOp.MAX)
-    time.sleep(max(0.0, (int(start) - time.perf_counter_ns()) / 1e9))
-    run()
-    end = torch.tensor([time.perf_counter_ns()])
-    dist.all_reduce(end, dist.ReduceOp.MAX)
-    return int(end) - int(start)
 
 
 # --- PipeWeaver ----------------------------------------------------------------------------------

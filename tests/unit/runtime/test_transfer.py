@@ -121,14 +121,22 @@ def test_every_rank_makes_the_same_communicators_in_the_same_order(
         assert len(set(one)) == len(one) == 4
 
 
+def transport_on_a_device(
+    monkeypatch: pytest.MonkeyPatch, timeout_s: float = 1
+) -> tuple[FakeDist, transfer.ProcessGroupTransport]:
+    """Rank 0 of two, whose tensors are not on the host."""
+    fake = FakeDist(0)
+    monkeypatch.setattr(transfer, "dist", fake)
+    made = transfer.ProcessGroupTransport(
+        [(0, 1)], device=torch.device("meta"), timeout=timedelta(seconds=timeout_s)
+    )
+    return fake, made
+
+
 def test_directions_do_not_share_a_communicator_and_device_waits_stay_on_the_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fake = FakeDist(0)
-    monkeypatch.setattr(transfer, "dist", fake)
-    transport = transfer.ProcessGroupTransport(
-        [(0, 1)], device=torch.device("meta"), timeout=timedelta(seconds=1)
-    )
+    fake, transport = transport_on_a_device(monkeypatch)
     fake.posted.clear()
     fake.waits.clear()
     events = [FakeEvent(0), FakeEvent(3)]
@@ -150,11 +158,7 @@ def test_directions_do_not_share_a_communicator_and_device_waits_stay_on_the_str
 def test_a_wait_on_a_stream_that_does_not_end_is_told_in_bounded_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fake = FakeDist(0)
-    monkeypatch.setattr(transfer, "dist", fake)
-    transport = transfer.ProcessGroupTransport(
-        [(0, 1)], device=torch.device("meta"), timeout=timedelta(seconds=0.05)
-    )
+    fake, transport = transport_on_a_device(monkeypatch, timeout_s=0.05)
     assert fake.patience == {timedelta(seconds=0.1)}  # NCCL would end the process
     events = [FakeEvent(0), FakeEvent(10**9), FakeEvent(10**9)]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream(events))
@@ -170,11 +174,7 @@ def test_a_wait_on_a_stream_that_does_not_end_is_told_in_bounded_time(
 def test_a_group_is_posted_once_and_what_has_no_bytes_needs_no_wire(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fake = FakeDist(0)
-    monkeypatch.setattr(transfer, "dist", fake)
-    transport = transfer.ProcessGroupTransport(
-        [(0, 1)], device=torch.device("meta"), timeout=timedelta(seconds=1)
-    )
+    fake, transport = transport_on_a_device(monkeypatch)
     fake.groups.clear()
     fake.waits.clear()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream([FakeEvent(0)] * 2))
