@@ -76,6 +76,12 @@ def choose_candidates(
     rounds: int,
 ) -> KnapsackChoice: ...
 
+class Stop:
+    def __init__(self) -> None: ...
+    def request(self) -> None: ...
+    @property
+    def requested(self) -> bool: ...
+
 class SearchOptions:
     budget_ns: int
     threads: int
@@ -89,6 +95,7 @@ class SearchOptions:
     tree_beta: float
     alternate: bool
     grouped: bool
+    stop: Stop | None
     def __init__(self) -> None: ...
 
 class SearchOutcome:

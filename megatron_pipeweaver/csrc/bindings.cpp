@@ -191,6 +191,11 @@ PYBIND11_MODULE(_core, module) {
       py::arg("begin"), py::arg("until"), py::arg("candidate_begin"), py::arg("latency"),
       py::arg("memory"), py::arg("capacity"), py::arg("gap"), py::arg("rounds"));
 
+  py::class_<Stop, std::shared_ptr<Stop>>(module, "Stop")
+      .def(py::init<>())
+      .def("request", &Stop::request)
+      .def_property_readonly("requested", &Stop::requested);
+
   py::class_<SearchOptions>(module, "SearchOptions")
       .def(py::init<>())
       .def_readwrite("budget_ns", &SearchOptions::budget_ns)
@@ -204,7 +209,12 @@ PYBIND11_MODULE(_core, module) {
       .def_readwrite("tree_alpha", &SearchOptions::tree_alpha)
       .def_readwrite("tree_beta", &SearchOptions::tree_beta)
       .def_readwrite("alternate", &SearchOptions::alternate)
-      .def_readwrite("grouped", &SearchOptions::grouped);
+      .def_readwrite("grouped", &SearchOptions::grouped)
+      .def_property(
+          "stop", [](const SearchOptions& options) { return options.stop; },
+          [](SearchOptions& options, std::shared_ptr<Stop> stop) {
+            options.stop = std::move(stop);
+          });
 
   py::class_<SearchOutcome>(module, "SearchOutcome")
       .def_readonly("best", &SearchOutcome::best)

@@ -19,6 +19,7 @@ i64 Evaluator::elapsed() const {
 }
 
 bool Evaluator::over() const {
+  if (options_.stop && options_.stop->requested()) return true;
   if (options_.max_rounds >= 0 && rounds_ >= options_.max_rounds) return true;
   return elapsed() >= options_.budget_ns - step_ns_;
 }

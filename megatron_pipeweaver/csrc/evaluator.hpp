@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <functional>
+#include <memory>
 #include <mutex>
 
 #include "decode.hpp"
@@ -16,6 +17,16 @@
 namespace pipeweaver {
 
 enum class Exploration : i32 { kFull, kTree, kDepthFirst, kRandom };
+
+// Has searches end with the best they found so far; any thread may ask for it, at any time.
+class Stop {
+ public:
+  void request() { requested_.store(true, std::memory_order_relaxed); }
+  bool requested() const { return requested_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<bool> requested_{false};
+};
 
 struct SearchOptions {
   i64 budget_ns = 0;
@@ -30,6 +41,7 @@ struct SearchOptions {
   bool grouped = true;        // and give a module's segments within a microbatch one priority
   double tree_alpha = 2;      // the paper's alpha and beta
   double tree_beta = 0.05;
+  std::shared_ptr<const Stop> stop;  // null: nobody ends the search early
 };
 
 struct SearchOutcome {
@@ -62,7 +74,8 @@ class Evaluator {
   Evaluator(const Evaluator&) = delete;
   Evaluator& operator=(const Evaluator&) = delete;
 
-  // Whether the time, less what the next evaluation may take, or the rounds are up.
+  // Whether the time, less what the next evaluation may take, or the rounds are up, or somebody
+  // has asked for the end.
   bool over() const;
   // How far the search is, from 0 to 1.
   double progress() const;

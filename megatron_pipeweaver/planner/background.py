@@ -37,6 +37,7 @@ from megatron_pipeweaver.planner.headroom import MemoryPeak, usable_bytes
 from megatron_pipeweaver.planner.messages import (
     Answer,
     Failure,
+    Hurry,
     Launch,
     Learnt,
     Measurement,
@@ -236,7 +237,7 @@ class BackgroundSource:
         if found is None or (found.parts is None and found.number != self._number):
             found = self._send_request(batch, forward_only, ahead=False)
         try:
-            parts = self._await(found, asked_ns + self._config.wait_ns)
+            parts = self._await(found, asked_ns)
         finally:
             if found.parts is not None or found.failure:  # else it may still come of use
                 self._open.drop(name)
@@ -252,19 +253,30 @@ class BackgroundSource:
             raise _NoPlanError("its plan is from before memory was measured, and needs too much")
         return answer
 
-    def _await(self, request: _Open, until_ns: int) -> tuple[bytes, ...]:
-        """The answer to `request`; raises `_NoPlanError` where none comes in time."""
+    def _await(self, request: _Open, asked_ns: int) -> tuple[bytes, ...]:
+        """The answer to `request`; raises `_NoPlanError` where none comes in time.
+
+        A search that had the whole iteration before is to end at once with the best it has; one
+        that training waits for from its beginning, after half of the wait.
+        """
+        until_ns = asked_ns + self._config.wait_ns
+        hurry_ns = asked_ns if request.ahead else asked_ns + self._config.wait_ns // 2
+        hurried = False
         while request.parts is None:
             if request.failure:
                 self._count(failed=1)
                 raise _NoPlanError(request.failure)
             if self._child is None:
                 raise _NoPlanError("it does not run")
-            left_ns = until_ns - self._clock()
+            now_ns = self._clock()
+            if not hurried and now_ns >= hurry_ns:
+                hurried = True
+                self._send(pack(Hurry(number=request.number)))
+            left_ns = until_ns - now_ns
             if left_ns < 0:
                 self._count(late=1)
                 raise _NoPlanError(f"no plan within {self._config.wait_ns / 1e6:.0f} ms")
-            self._receive(left_ns)
+            self._receive(left_ns if hurried else min(left_ns, hurry_ns - now_ns))
         return request.parts
 
     def _check(self, received: ReceivedPlan, batch: BatchMetadata, forward_only: bool) -> None:
@@ -319,6 +331,8 @@ class BackgroundSource:
         if self._child is None:
             return made
         self._open.put(name, made)
+        if not ahead:  # whatever is searched for now is not what training waits for
+            self._send(pack(Hurry(number=made.number - 1)))
         self._send(
             pack(
                 PlanRequest(

@@ -1,6 +1,6 @@
 """What a training process and its planner say to each other: a line of JSON, then bytes.
 
-training ──► Launch, then PlanRequest and Measurement
+training ──► Launch, then PlanRequest, Hurry and Measurement
 planner  ──► Ready, then Answer, Failure and Learnt
 """
 
@@ -42,6 +42,13 @@ class PlanRequest:
     batch: BatchMetadata
     forward_only: bool
     budget_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hurry:
+    """Answer all requests up to `number` with the best found so far; it has no answer itself."""
+
+    number: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,11 +101,12 @@ class Learnt:
     usable_permille: tuple[int, ...] = ()
 
 
-Message = Launch | PlanRequest | Measurement | Ready | Answer | Failure | Learnt
+Message = Launch | PlanRequest | Hurry | Measurement | Ready | Answer | Failure | Learnt
 
 _KINDS: Mapping[str, type[Message]] = {
     "launch": Launch,
     "plan": PlanRequest,
+    "hurry": Hurry,
     "measured": Measurement,
     "ready": Ready,
     "answer": Answer,

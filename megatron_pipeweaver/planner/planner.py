@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
+from megatron_pipeweaver._core import Stop
 from megatron_pipeweaver.compiler.check import check_schedule
 from megatron_pipeweaver.compiler.lowering import compile_plan
 from megatron_pipeweaver.compiler.verify import verify
@@ -122,7 +123,12 @@ class Planner:
         self._clock = clock
 
     def plan(
-        self, batch: BatchMetadata, *, forward_only: bool = False, budget_ns: int | None = None
+        self,
+        batch: BatchMetadata,
+        *,
+        forward_only: bool = False,
+        budget_ns: int | None = None,
+        stop: Stop | None = None,
     ) -> PlannedIteration:
         """The best plan found for `batch` within the search budget.
 
@@ -130,6 +136,7 @@ class Planner:
             batch: what this pipeline's microbatches hold.
             forward_only: plan an evaluation step, without any backward.
             budget_ns: search no longer than this, where that is less than the settings allow.
+            stop: ends the search early, from any thread, with the best plan found so far.
 
         Raises:
             ConfigError: the batch does not fit the model (an unknown module, say).
@@ -148,6 +155,7 @@ class Planner:
                 forward_only=forward_only,
             ),
             search,
+            stop,
         )
         return self._compiled(
             found.of.workload,

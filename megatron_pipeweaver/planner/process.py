@@ -37,6 +37,7 @@ from megatron_pipeweaver.planner.headroom import Headroom
 from megatron_pipeweaver.planner.messages import (
     Answer,
     Failure,
+    Hurry,
     Launch,
     Learnt,
     Measurement,
@@ -48,6 +49,7 @@ from megatron_pipeweaver.planner.messages import (
 )
 from megatron_pipeweaver.planner.planner import batch_digest
 from megatron_pipeweaver.planner.settings import PlannerSettings
+from megatron_pipeweaver.planner.stops import Stops
 from megatron_pipeweaver.planner.wire import encode
 
 _log = logging.getLogger(__name__)
@@ -69,12 +71,14 @@ class PlanningDesk:
         details: answer with the problem and the schedule, too.
         corrections: what is known from before.
         usable_permille: what plans may use of each rank's memory, as known from before.
+        stops: by which another thread ends the search under way.
     """
 
     settings: PlannerSettings
     details: bool = False
     corrections: Corrections = field(default_factory=Corrections)
     usable_permille: tuple[int, ...] = ()
+    stops: Stops = field(default_factory=Stops)
     _costs: PerLayerCosts = field(init=False)
     _feedback: Feedback = field(init=False)
     _planned_with: RecentCache[tuple[Corrections, Mapping[str, int] | None]] = field(init=False)
@@ -103,7 +107,10 @@ class PlanningDesk:
         try:
             planner = self.settings.make(self._costs, self.usable_permille, self.corrections)
             planned = planner.plan(
-                request.batch, forward_only=request.forward_only, budget_ns=request.budget_ns
+                request.batch,
+                forward_only=request.forward_only,
+                budget_ns=request.budget_ns,
+                stop=self.stops.begin(request.number),
             )
         except MemoryError:
             raise
@@ -183,7 +190,7 @@ def serve(reader: Channel, writer: Channel) -> NoReturn:
         corrections=Corrections(launch.rows),
     )
     inbox: Inbox = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(reader, inbox), daemon=True).start()
+    threading.Thread(target=_read, args=(reader, inbox, desk.stops), daemon=True).start()
     reply = pack(Ready(process=os.getpid()))
     while True:
         writer.send(reply)
@@ -219,11 +226,18 @@ def _next(reader: Channel) -> Message:
     return unpack(data)[0]
 
 
-def _read(reader: Channel, inbox: Inbox) -> None:
-    """Move messages into `inbox`; ends the process, whatever it does, when no more can come."""
+def _read(reader: Channel, inbox: Inbox, stops: Stops) -> None:
+    """Move messages into `inbox`, hurry the search where it is told to.
+
+    Ends the process, whatever it does, when no more can come.
+    """
     try:
         while True:
-            inbox.put(_next(reader))
+            message = _next(reader)
+            if isinstance(message, Hurry):
+                stops.end(message.number)
+            else:
+                inbox.put(message)
     except TransferError:
         os._exit(0)
     except Exception:

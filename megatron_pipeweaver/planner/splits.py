@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from megatron_pipeweaver._core import Stop
 from megatron_pipeweaver.config import SearchConfig
 from megatron_pipeweaver.errors import ConfigError, InfeasibleError
 from megatron_pipeweaver.ir.schedule import Schedule
@@ -89,12 +90,15 @@ def split_sizes(sizes: Sizes, percents: Sequence[int]) -> tuple[Sizes, ...]:
     return tuple(found)
 
 
-def search_alternatives(alternatives: Sequence[Alternative], search: SearchConfig) -> SplitResult:
+def search_alternatives(
+    alternatives: Sequence[Alternative], search: SearchConfig, stop: Stop | None = None
+) -> SplitResult:
     """The best schedule over `alternatives` within the search's budget; of equals the first one.
 
     Args:
         alternatives: what to choose from; those that cut the batch alike count once.
         search: how long and how hard to search, trials included.
+        stop: ends all of it early, with the best found so far.
 
     Raises:
         InfeasibleError: a microbatch alone does not fit, whatever the alternative.
@@ -102,10 +106,10 @@ def search_alternatives(alternatives: Sequence[Alternative], search: SearchConfi
     different = _different(alternatives)
     bounded = any(one.leaner is not None for one in different)
     if len(different) == 1 and not bounded:
-        return _searched(different[0], search)
+        return _searched(different[0], search, stop)
     trial = _share(search, _TRIAL_PERCENT, len(different) * (STEPS if bounded else 1))
-    best = min(fitting(different, lambda one: _searched(one, trial), _schedule), key=_makespan_ns)
-    again = _searched(best.of, _share(search, 100 - _TRIAL_PERCENT, 1))
+    best = min(fitting(different, lambda one: _searched(one, trial, stop), _schedule), key=_makespan_ns)
+    again = _searched(best.of, _share(search, 100 - _TRIAL_PERCENT, 1), stop)
     fits = best.of.leaner is None or best.of.leaner(_schedule(again)) is None
     return min(again, best, key=_makespan_ns) if fits else best
 
@@ -120,8 +124,9 @@ def _different(alternatives: Sequence[Alternative]) -> list[Alternative]:
     return found
 
 
-def _searched(one: Alternative, search: SearchConfig) -> SplitResult:
-    result = solve(one.workload.problem, replace(search, split_weight_grad=one.apart))
+def _searched(one: Alternative, search: SearchConfig, stop: Stop | None) -> SplitResult:
+    search = replace(search, split_weight_grad=one.apart)
+    result = solve(one.workload.problem, search, stop=stop)
     return SplitResult(of=one, result=result)
 
 

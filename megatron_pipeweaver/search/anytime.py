@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from megatron_pipeweaver._core import SearchOptions, Timetable
+from megatron_pipeweaver._core import SearchOptions, Stop, Timetable
 from megatron_pipeweaver.config import Exploration, MemorySolver, SearchConfig
 from megatron_pipeweaver.ir.problem import Problem
 from megatron_pipeweaver.ir.schedule import Schedule
@@ -61,6 +61,7 @@ def solve(
     *,
     problem_sha256: str = "",
     on_improvement: Callable[[Improvement], None] | None = None,
+    stop: Stop | None = None,
 ) -> SearchResult:
     """The best schedule of `problem` found within the configured time.
 
@@ -69,6 +70,7 @@ def solve(
         config: how long and how hard to search.
         problem_sha256: digest of the problem file, carried into the schedule.
         on_improvement: called whenever a better schedule is found.
+        stop: ends the search early, from any thread, with the best found so far.
 
     Raises:
         InfeasibleError: one microbatch alone, at its leanest strategies, does not fit.
@@ -86,6 +88,7 @@ def solve(
     static = min(baselines.values(), key=lambda table: table.makespan)
     bounds = lower_bounds(native.core)
     options = _options(config)
+    options.stop = stop
     left_ns = max(0, deadline(problem, config) - (time.perf_counter_ns() - started))
     exact_ns = left_ns // 10 if config.memory_solver is MemorySolver.HIGHS else 0
     options.budget_ns = left_ns - exact_ns
@@ -101,7 +104,8 @@ def solve(
     if static.makespan < best.makespan:
         best = static
         report(best.makespan, time.perf_counter_ns() - started, outcome.evaluations, 0)
-    if config.memory_solver is MemorySolver.HIGHS and config.choose_memory:
+    stopped = stop is not None and stop.requested
+    if config.memory_solver is MemorySolver.HIGHS and config.choose_memory and not stopped:
         best = rechoose(native, best, config.memory_solver, exact_ns)
         report(best.makespan, time.perf_counter_ns() - started, outcome.evaluations, outcome.thread)
     rounds = 0 if best is static else outcome.rounds

@@ -5,15 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_pipeweaver.errors import ConfigError, InfeasibleError
 from megatron_pipeweaver.planner import process as process_module
-from megatron_pipeweaver.planner.background import BackgroundConfig, BackgroundSource
+from megatron_pipeweaver.planner.background import BackgroundConfig, BackgroundSource, _NoPlanError
 from megatron_pipeweaver.planner.child import RestartPolicy, start_child
-from megatron_pipeweaver.planner.messages import Launch, Ready, pack, unpack
+from megatron_pipeweaver.planner.messages import Hurry, Launch, PlanRequest, Ready, pack, unpack
 from megatron_pipeweaver.planner.process import OUT_OF_MEMORY, PlanningDesk, usable_cores
 from megatron_pipeweaver.planner.source import InProcessSource, PlanCounters
 from tests.unit.planner.examples import batch_of, make_settings
@@ -133,6 +134,28 @@ def test_searches_end_when_training_is_going_to_ask(sources):
     source.request(batch_of(1), forward_only=False)
     source.collect(batch_of(1), forward_only=False)
     assert 0 < source._budget_ns(ahead=True) < 1_000 * MS
+
+
+def test_a_search_is_not_late_when_training_asks_before_its_time_is_up(sources):
+    hour = make_settings(time_budget_ns=3_600_000 * MS, max_rounds=None)
+    source = sources(hour)
+    source.request(batch_of(3, 0, 5), forward_only=False)
+    answer = source.collect(batch_of(3, 0, 5), forward_only=False)
+    assert source.counters == PlanCounters(planned=1), "the best so far, and no static plan"
+    static = source._static_answer(batch_of(3, 0, 5), forward_only=False).planned()
+    assert answer.planned().schedule.makespan_ns <= static.schedule.makespan_ns
+
+
+def test_what_training_waits_for_does_not_queue_behind_what_it_does_not_need_yet(sources):
+    source = sources(make_settings(time_budget_ns=3_600_000 * MS, max_rounds=None))
+    source.request(batch_of(1), forward_only=False)
+    sent, send = [], source._send
+    source._send = lambda data: (sent.append(unpack(data)[0]), send(data))
+    source._config = replace(PATIENT, wait_ns=0)
+    with pytest.raises(_NoPlanError, match="no plan within"):
+        source._searched(batch_of(2), forward_only=False)
+    assert [type(one) for one in sent] == [Hurry, PlanRequest, Hurry]
+    assert [one.number for one in sent] == [1, 2, 2]
 
 
 # --- learning ------------------------------------------------------------------------------------

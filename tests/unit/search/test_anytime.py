@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import replace
 
 import pytest
 
-from megatron_pipeweaver._core import SearchOutcome
+from megatron_pipeweaver._core import SearchOutcome, Stop
 from megatron_pipeweaver.compiler.check import check_schedule
 from megatron_pipeweaver.config import Exploration, SearchConfig
 from megatron_pipeweaver.errors import InfeasibleError
@@ -133,6 +134,25 @@ def test_no_time_at_all_still_gives_a_schedule() -> None:
     problem = example()
     result = solve(problem, SearchConfig(time_budget_ns=0))
     check_schedule(problem, result.schedule)
+
+
+@pytest.mark.parametrize("exploration", list(Exploration))
+def test_a_search_that_is_stopped_ends_with_the_best_so_far(exploration: Exploration) -> None:
+    problem, stop = example(), Stop()
+    config = SearchConfig(time_budget_ns=600 * 10**9, threads=2, exploration=exploration)
+    threading.Timer(0.05, stop.request).start()
+    result = solve(problem, config, stop=stop)
+    check_schedule(problem, result.schedule)
+    assert result.elapsed_ns < config.time_budget_ns
+    assert result.evaluations > 1
+
+
+def test_a_search_that_is_stopped_before_it_begins_still_has_a_schedule() -> None:
+    problem, stop = example(), Stop()
+    stop.request()
+    result = solve(problem, SearchConfig(time_budget_ns=600 * 10**9), stop=stop)
+    check_schedule(problem, result.schedule)
+    assert result.schedule.makespan_ns <= min(result.baselines.values())
 
 
 def test_weight_gradients_stay_in_the_backward_when_not_split() -> None:
