@@ -108,7 +108,9 @@ def search_alternatives(
     if len(different) == 1 and not bounded:
         return _searched(different[0], search, stop)
     trial = _share(search, _TRIAL_PERCENT, len(different) * (STEPS if bounded else 1))
-    best = min(fitting(different, lambda one: _searched(one, trial, stop), _schedule), key=_makespan_ns)
+    best = min(
+        fitting(different, lambda one: _searched(one, trial, stop), _schedule), key=_makespan_ns
+    )
     again = _searched(best.of, _share(search, 100 - _TRIAL_PERCENT, 1), stop)
     fits = best.of.leaner is None or best.of.leaner(_schedule(again)) is None
     return min(again, best, key=_makespan_ns) if fits else best

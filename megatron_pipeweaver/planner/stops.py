@@ -1,7 +1,7 @@
 """Ends searches that training cannot wait for any longer: the search thread begins, another ends.
 
-    search thread   begin(7) -> stop ... search(stop) ......| answers with the best so far
-    reader thread                          end(7) -> stop --^
+search thread   begin(7) -> stop ... search(stop) ......| answers with the best so far
+reader thread                          end(7) -> stop --^
 """
 
 from __future__ import annotations
