@@ -38,6 +38,7 @@ from megatron_pipeweaver.plugin.stages import MegatronStages, StepContext
 from megatron_pipeweaver.runtime.activations import AllocatorGauge, MemoryGauge, TensorGauge
 from megatron_pipeweaver.runtime.agreement import agree, broadcast_bytes, gather_bytes
 from megatron_pipeweaver.runtime.executor import Executor
+from megatron_pipeweaver.runtime.offload import copy_stream
 from megatron_pipeweaver.runtime.recorder import Recorder
 from megatron_pipeweaver.runtime.watchdog import WatchConfig
 
@@ -127,6 +128,7 @@ class PipeWeaverSchedule:
         self._wait_timeout = wait_timeout
         self._watch = watch or WatchConfig()
         self._communicators: Communicators | None = None
+        self._copies: Any = None
         self._made: tuple[PlanAnswer | None, bytes] | None = None
         self._iteration = 0
 
@@ -191,7 +193,7 @@ class PipeWeaverSchedule:
                 first_val_step=first_val_step,
             )
             gauge = self._gauge(chunks)
-            stages = MegatronStages(context, self.layout, plan.plan, gauge)
+            stages = MegatronStages(context, self.layout, plan.plan, gauge, self._copy_stream())
             start_ns = time.perf_counter_ns()
             with gathered_parameters(chunks), _no_gradient_sync(config):
                 recorder = self._execute(plan, stages, self._communicators)
@@ -317,6 +319,15 @@ class PipeWeaverSchedule:
         if not self._account_tensors:
             return None
         return TensorGauge(one for chunk in chunks for one in chunk.parameters())
+
+    def _copy_stream(self) -> Any:
+        """Where copies to the host run, the same stream in all iterations.
+
+        CUDA's allocator keeps a pool of memory per stream and gives none of it to another.
+        """
+        if self._copies is None:
+            self._copies = copy_stream()
+        return self._copies
 
     def _peaks(self, plan: Plan, peak_bytes: int | None) -> tuple[MemoryPeak, ...]:
         """Every pipeline rank's peak, planned and measured; none where nothing measures."""

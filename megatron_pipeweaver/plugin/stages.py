@@ -23,7 +23,7 @@ from megatron_pipeweaver.models.weight_grad import LeftOut
 from megatron_pipeweaver.plugin import compat
 from megatron_pipeweaver.runtime.activations import MemoryGauge
 from megatron_pipeweaver.runtime.entry import Entry
-from megatron_pipeweaver.runtime.offload import HostOffload, copy_stream
+from megatron_pipeweaver.runtime.offload import HostOffload
 from megatron_pipeweaver.runtime.stage import split_backwards
 
 
@@ -57,7 +57,15 @@ class _Alive(NamedTuple):
 
 
 class MegatronStages:
-    """The stages of one rank in one iteration; a `StageRunner` for the executor."""
+    """The stages of one rank in one iteration; a `StageRunner` for the executor.
+
+    Args:
+        context: what Megatron's schedule function was called with.
+        layout: where the layers live.
+        plan: what is going to run.
+        gauge: told of what is held, where memory is measured.
+        copies: the stream of copies to and from the host, where there are streams.
+    """
 
     def __init__(
         self,
@@ -65,6 +73,7 @@ class MegatronStages:
         layout: ChunkLayout,
         plan: Plan,
         gauge: MemoryGauge | None = None,
+        copies: Any = None,
     ) -> None:
         self._context = context
         self._layout = layout
@@ -73,7 +82,7 @@ class MegatronStages:
         self._split = split_backwards(plan)
         self._alive: dict[tuple[PassKey, int], _Alive] = {}
         self._left_out: dict[tuple[PassKey, int], LeftOut] = {}
-        self._copy_stream = copy_stream()
+        self._copies = copies
         self._gauge = gauge
         self._outcomes: dict[int, list[Any]] = {}
         self._started: set[int] = set()
@@ -90,7 +99,7 @@ class MegatronStages:
         context = self._context
         virtual_stage = self._layout.virtual_stage(op.module, op.stage)
         chunk = self._chunks[virtual_stage]
-        offload = HostOffload(self._copy_stream)
+        offload = HostOffload(self._copies)
         chunk.set_pass(one)
         chunk.set_strategy(strategy, offload)
         trained = not (one.frozen or context.forward_only)

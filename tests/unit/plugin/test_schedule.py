@@ -132,6 +132,12 @@ def test_a_loader_that_ends_early_is_told_of():
         decode(message)
 
 
+def test_copies_of_all_iterations_run_on_one_stream(monkeypatch):
+    monkeypatch.setattr("megatron_pipeweaver.plugin.schedule.copy_stream", object)
+    schedule = PipeWeaverSchedule(make_planner(), metadata)
+    assert schedule._copy_stream() is schedule._copy_stream()
+
+
 # --- gradients -----------------------------------------------------------------------------------
 
 
