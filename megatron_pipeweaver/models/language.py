@@ -64,7 +64,7 @@ class LanguageChunk(ModelChunk):
             parallel_output=True,
             share_embeddings_and_output_weights=module.tied_embeddings,
             position_embedding_type=options.position_embedding,
-            rotary_base=options.rotary_base,
+            **options.rotary,
             # Images are placed in whole sequences; they are scattered afterwards.
             scatter_embedding_sequence_parallel=False,
             pg_collection=setting.groups,
@@ -123,6 +123,12 @@ class LanguageChunk(ModelChunk):
         """What keeps packed documents apart: a mask, or for Transformer Engine, where they end."""
         ends_D: Tensor | None = batch.get("cu_seqlens")
         if ends_D is None or not self._transformer_engine:
+            if ends_D is not None and self.config.window_size is not None:
+                raise ConfigError(
+                    "packed documents with --window-size and --transformer-impl local: Megatron's "
+                    "own attention takes a window for all of its mask, so documents would see each "
+                    "other; leave one of the three out"
+                )
             mask = batch.get("attention_mask") if ends_D is None else document_mask(ends_D)
             if self._share is not None and mask is not None:
                 mask = self._share.take(mask, dim=2)

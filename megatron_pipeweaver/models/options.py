@@ -34,8 +34,10 @@ class ModelOptions:
     image's embeddings go, once per embedding, and need not be in the vocabulary. With several
     vision encoders, `encoders[module]` says so of each. `initialize` is called with a rank's new
     chunks (`parameters.initialize_by_name` under a seed, say). `class_token` puts one in front of
-    an image's patches, and takes it away again behind the ViT. `transformer_engine` is `None` for
-    "where it can be imported and there is a GPU". `common` are fields of every module's
+    an image's patches, and takes it away again behind the ViT. Rotary embeddings turn
+    `rotary_percent` of a head's channels, by positions divided by `rotary_interpolation`; their
+    slow ones are slowed by `rope_scaling_factor`, as in Llama 3.1. `transformer_engine` is `None`
+    for "where it can be imported and there is a GPU". `common` are fields of every module's
     `TransformerConfig`, `overrides[module]` those of one module; overrides win.
     """
 
@@ -48,6 +50,9 @@ class ModelOptions:
     class_token: bool = False
     position_embedding: str = "rope"
     rotary_base: int = 10_000
+    rotary_percent: float = 1.0
+    rotary_interpolation: float | None = None
+    rope_scaling_factor: float | None = None
     transformer_engine: bool | None = None
     common: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -61,9 +66,24 @@ class ModelOptions:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"model options: dropout is {self.dropout}; need 0 <= dropout < 1")
+        if not 0.0 < self.rotary_percent <= 1.0:
+            raise ConfigError(
+                f"model options: rotary_percent is {self.rotary_percent}; need 0 < share <= 1"
+            )
         for what in ("max_sequence_length", "image_size", "rotary_base"):
             if getattr(self, what) < 1:
                 raise ConfigError(f"model options: {what} is {getattr(self, what)}; need >= 1")
+
+    @property
+    def rotary(self) -> dict[str, Any]:
+        """What Megatron's rotary embeddings are made with, by its names."""
+        return {
+            "rotary_base": self.rotary_base,
+            "rotary_percent": self.rotary_percent,
+            "rope_scaling": self.rope_scaling_factor is not None,
+            "rope_scaling_factor": self.rope_scaling_factor or 1.0,
+            "seq_len_interpolation_factor": self.rotary_interpolation,
+        }
 
     def encoder(self, name: str) -> EncoderOptions:
         """What is said of the vision encoder `name`; by default, it takes the ``images``."""

@@ -50,8 +50,9 @@ def initialize_by_name(chunks: Sequence[ModelChunk], seed: int) -> None:
 
     The same model gets the same values however it is cut, on whatever rank a layer stands; both
     copies of a tied embedding are equal without communication. Matrices are normal with the
-    config's `init_method_std`, those in front of a residual sum scaled down by the module's depth
-    (GPT-2), convolutions by their fan-in; biases are zero, norms one.
+    config's `init_method_std` (embeddings, `embedding_init_method_std`), those in front of a
+    residual sum scaled down by the module's depth (GPT-2), convolutions by their fan-in; biases
+    are zero, norms one.
 
     Args:
         chunks: any chunks of one model.
@@ -94,6 +95,8 @@ def _deviation(chunk: ModelChunk, key: str, shape: Sequence[int]) -> float:
     if len(shape) > 2:
         return 1.0 / math.sqrt(math.prod(shape[1:]))
     deviation = float(chunk.config.init_method_std)
+    if key.endswith("embedding.word_embeddings.weight"):
+        return float(chunk.config.embedding_init_method_std)
     if key.endswith(_RESIDUAL) and ".layers." in key:
         deviation /= math.sqrt(2.0 * chunk.module_spec.layers)
     return deviation

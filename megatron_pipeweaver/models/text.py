@@ -130,10 +130,9 @@ def _build_model(setting: ChunkSetting) -> Any:
     if options.position_embedding == "rope":
         model.rotary_pos_emb = RotaryEmbedding(
             kv_channels=config.kv_channels,
-            rotary_percent=1.0,
-            rotary_base=options.rotary_base,
             use_cpu_initialization=config.use_cpu_initialization,
             cp_group=setting.groups.cp,
+            **options.rotary,
         )
     model.decoder = TransformerBlock(
         config,

@@ -451,6 +451,10 @@ def _set(value: Any) -> bool:
 
 _OWN_CUT = "PipeWeaver cuts the modules itself; use --pipeweaver-segments instead"
 _NO_GRAPH = "every iteration has another schedule, which a graph cannot replay; leave it out"
+_OWN_RECOMPUTATION = (
+    "PipeWeaver chooses per pass which layers are recomputed; leave it out, and give "
+    "--pipeweaver-strategies to say what a layer may recompute"
+)
 _OWN_ORDER = "it assumes Megatron's own order of microbatches; leave it out"
 _REFUSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "num_layers_per_virtual_pipeline_stage": (_set, _OWN_CUT),
@@ -466,10 +470,21 @@ _REFUSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "defer_embedding_wgrad_compute": (_set, _OWN_ORDER),
     "fine_grained_activation_offloading": (_set, _OWN_ORDER),
     "delay_wgrad_compute": (_set, _OWN_ORDER),
-    "recompute_granularity": (
+    "recompute_granularity": (_set, _OWN_RECOMPUTATION),
+    "recompute_activations": (_set, _OWN_RECOMPUTATION),
+    "moe_layer_recompute": (_set, _OWN_RECOMPUTATION),
+    "cpu_offloading_num_layers": (
         _set,
-        "PipeWeaver chooses per pass which layers are recomputed; leave it out, and give "
-        "--pipeweaver-strategies to say what a layer may recompute",
+        "PipeWeaver chooses per pass which layers are offloaded; leave it out, and give "
+        "--pipeweaver-strategies keep,offload",
+    ),
+    "fp32_residual_connection": (
+        _set,
+        "stages hand on hidden states in the type of the parameters; leave it out",
+    ),
+    "mlp_chunks_for_training": (
+        lambda value: value not in (None, 1),
+        "PipeWeaver's strategies run an MLP as a whole; leave it out",
     ),
     "cuda_graph_impl": (lambda value: value not in (None, "none"), _NO_GRAPH),
     "enable_cuda_graph": (_set, _NO_GRAPH),

@@ -109,6 +109,7 @@ def model_options(
         args: Megatron's.
         overrides: fields of `TransformerConfig` that one module has otherwise, by module.
     """
+    scaled = getattr(args, "use_rope_scaling", False)
     return ModelOptions(
         params_dtype=args.params_dtype,
         dropout=args.hidden_dropout,
@@ -116,8 +117,12 @@ def model_options(
         image_size=args.img_h,
         position_embedding=args.position_embedding_type,
         rotary_base=args.rotary_base,
+        rotary_percent=args.rotary_percent,
+        rotary_interpolation=args.rotary_seq_len_interpolation_factor,
+        rope_scaling_factor=args.rope_scaling_factor if scaled else None,
         transformer_engine=args.transformer_impl == "transformer_engine",
-        common=config_fields(args),
+        # Megatron's default is another one than that of `dropout`.
+        common={**config_fields(args), "attention_dropout": args.attention_dropout},
         overrides=overrides,
         initialize=(
             partial(initialize_by_name, seed=args.seed) if args.use_cpu_initialization else None
@@ -186,6 +191,34 @@ def refuse_experts(args: argparse.Namespace, chunks: str) -> None:
             f"--num-experts {args.num_experts}: {chunks} have no experts; leave it out, or train "
             "scripts/pretrain_vlm.py"
         )
+
+
+_NOT_BUILT: Mapping[str, str] = {
+    "squared_relu": "their MLPs have GELU, or --swiglu",
+    "quick_geglu": "their MLPs have GELU, or --swiglu",
+    "init_method_xavier_uniform": "their weights are drawn with --init-method-std",
+    "use_mup": "their weights are drawn with --init-method-std",
+    "heterogeneous_layers_config_path": "a module's layers are alike",
+    "hybrid_layer_pattern": "their layers have attention",
+    "experimental_attention_variant": "their attention is Megatron's usual one",
+}
+"""Megatron's arguments of models that chunks are not, and what they are instead."""
+
+
+def refuse_other_models(args: argparse.Namespace) -> None:
+    """Returns where the arguments describe a model that can be made of PipeWeaver's chunks.
+
+    Raises:
+        ConfigError: one of them is for layers of another kind.
+    """
+    for name, instead in _NOT_BUILT.items():
+        value = getattr(args, name, None)
+        if value:
+            shown = "" if value is True else f" {value}"
+            raise ConfigError(
+                f"--{name.replace('_', '-')}{shown}: cannot be had in chunks: {instead}; "
+                "leave it out"
+            )
 
 
 def _given_fields(args: argparse.Namespace) -> dict[str, Any]:

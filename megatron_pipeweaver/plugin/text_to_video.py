@@ -11,7 +11,12 @@ from megatron_pipeweaver.ir.batch import Item, MicrobatchMetadata
 from megatron_pipeweaver.ir.lmm import LayerOptions, ModelSpec, Modulation, ModuleKind, ModuleSpec
 from megatron_pipeweaver.models.options import ModelOptions
 from megatron_pipeweaver.plugin.data import DescribeMicrobatch
-from megatron_pipeweaver.plugin.providers import ChunkFamily, model_options, refuse_experts
+from megatron_pipeweaver.plugin.providers import (
+    ChunkFamily,
+    model_options,
+    refuse_experts,
+    refuse_other_models,
+)
 
 TEXT, VIDEO = "text", "video"
 
@@ -126,6 +131,12 @@ def _check(args: argparse.Namespace) -> None:
             "rows; give --context-parallel-size 1"
         )
     refuse_experts(args, "text-to-video chunks")
+    refuse_other_models(args)
+    if getattr(args, "window_size", None):
+        raise ConfigError(
+            f"--window-size {args.window_size}: clips and prompts attend to themselves as a whole; "
+            "leave it out"
+        )
     if args.sequence_parallel:
         raise ConfigError("--sequence-parallel: text-to-video chunks run without it; leave it out")
     frame = (args.img_h // args.patch_dim) * (args.img_w // args.patch_dim)

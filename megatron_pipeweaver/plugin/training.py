@@ -16,6 +16,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
@@ -291,6 +292,7 @@ def scheduled(
         family.describe(args),
         gather_traces=ours.trace_dir is not None or ours.fallback != WAIT,
         on_iteration=journal.record,
+        wait_timeout=timedelta(minutes=args.distributed_timeout_minutes),
     )
     install(schedule)
     try:

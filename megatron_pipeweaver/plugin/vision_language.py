@@ -28,6 +28,7 @@ from megatron_pipeweaver.plugin.providers import (
     expert_fields,
     model_options,
     refuse_experts,
+    refuse_other_models,
 )
 from megatron_pipeweaver.semu.from_megatron import dense_layers
 
@@ -58,6 +59,7 @@ class VisionLanguage(ChunkFamily):
                 f"{flag} is missing; give --encoder-num-layers for the ViT and "
                 "--decoder-num-layers for the language model"
             )
+        refuse_other_models(args)
         imported = _imported(args)
         if imported is not None:
             spec = hugging_face_spec(args, imported)
@@ -82,7 +84,7 @@ class VisionLanguage(ChunkFamily):
 
         def read(microbatch: Mapping[str, Any]) -> MicrobatchMetadata:
             samples, length = microbatch["tokens"].shape
-            images = tuple(item(*one.shape[-2:]) for one in microbatch["images"])
+            images = tuple(item(*one.shape[-2:]) for one in microbatch.get("images", ()))
             documents = microbatch.get("cu_seqlens")
             return MicrobatchMetadata(
                 sequence_length=length,
@@ -100,8 +102,10 @@ class VisionLanguage(ChunkFamily):
         heads = {"num_attention_heads": args.tensor_model_parallel_size}
         # Fused rotary embeddings count every packed sequence from 0.
         unfused = {"apply_rope_fusion": False}
+        # A window would let a patch see those in front of it alone.
+        whole = {"window_size": None}
         overrides: Mapping[str, Mapping[str, Any]] = {
-            VISION: {**plain, **unfused},
+            VISION: {**plain, **unfused, **whole},
             f"{VISION}_projection": {**plain, **heads},
             LANGUAGE: {
                 "kv_channels": args.kv_channels,
@@ -219,6 +223,10 @@ def hugging_face_spec(args: argparse.Namespace, model: HuggingFaceModel) -> Mode
         "ffn_hidden_size": language.ffn_hidden_size,
         "num_attention_heads": language.attention_heads,
         "untie_embeddings_and_output_weights": not language.tied_embeddings,
+        "qk_layernorm": False,
+        "rotary_percent": 1.0,
+        "use_rope_scaling": False,
+        "rotary_seq_len_interpolation_factor": None,
     }.items():
         if getattr(args, name) != wanted:
             flag = f"--{name.replace('_', '-')}"

@@ -2,13 +2,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.ir.lmm import ModelSpec
 from megatron_pipeweaver.models.language import place_image_embeddings
 from megatron_pipeweaver.models.vision import fold_patches
 from tests.unit.models.examples import (
     IMAGE,
+    OPTIONS,
     TOKENS_PER_IMAGE,
     VOCABULARY,
     Model,
@@ -17,6 +20,7 @@ from tests.unit.models.examples import (
     one_pass,
     vision_language,
 )
+from tests.unit.models.videos import text_to_video
 
 LAYOUT = cut(2, vision=[2, 1], language=[2, 1, 1, 1])
 
@@ -148,6 +152,52 @@ def test_packed_documents_are_what_each_is_alone(model):
     losses = model.run(packed)
     for one, found in zip((first, second), losses.split(sizes, 1), strict=True):
         torch.testing.assert_close(found, model.run(one), rtol=1e-7, atol=1e-7)
+
+
+def test_packed_documents_under_a_window_are_refused_instead_of_seeing_each_other(groups):
+    options = replace(OPTIONS, overrides={"language": {"window_size": (2, 0)}})
+    model = Model(vision_language(), LAYOUT, groups, options)
+    microbatch = batch(1)
+    assert model.run(microbatch).isfinite().all()
+    packed = {**microbatch, "cu_seqlens": torch.tensor([0, 3, microbatch["tokens"].shape[1]]).int()}
+    with pytest.raises(ConfigError, match="documents would see each other"):
+        model.run(packed)
+
+
+ROTARY = {
+    "rotary_percent": 0.5,
+    "rotary_base": 500,
+    "rotary_interpolation": 2.0,
+    "rope_scaling_factor": 4.0,
+}
+
+
+def test_rotary_embeddings_are_those_of_the_options(groups):
+    known = {name: ROTARY[name] for name in ("rotary_percent", "rotary_base")}
+    expected = RotaryEmbedding(
+        6,
+        **known,
+        seq_len_interpolation_factor=2.0,
+        rope_scaling=True,
+        rope_scaling_factor=4.0,
+        use_cpu_initialization=True,
+    )
+    spec, options = vision_language(), replace(OPTIONS, **ROTARY)
+    model = Model(spec, LAYOUT, groups, options)
+    text = text_to_video(projected=False).modules[0]
+    heads = replace(text, hidden_size=12, output_size=None)
+    (video,) = text_to_video(projected=False).modules[1:]
+    clips = ModelSpec(name="clips", modules=(heads, video))
+    encoder = Model(clips, cut(1, text=[2], video=[3]), groups, options).stages("text")[0]
+    for found in (model.stages("language")[0].language_model, encoder.text_model):
+        assert torch.equal(found.rotary_pos_emb(9), expected(9))
+        assert torch.equal(found.rotary_pos_emb.inv_freq, expected.inv_freq)
+
+
+@pytest.mark.parametrize("percent", [0.0, 1.5])
+def test_a_share_of_channels_that_is_none_is_refused(percent):
+    with pytest.raises(ConfigError, match="need 0 < share <= 1"):
+        replace(OPTIONS, rotary_percent=percent)
 
 
 def test_logits_where_there_are_no_labels(model):

@@ -72,6 +72,10 @@ def flags(**changed: Any) -> argparse.Namespace:
         "ffn_hidden_size": 48,
         "num_attention_heads": 4,
         "untie_embeddings_and_output_weights": True,
+        "qk_layernorm": False,
+        "rotary_percent": 1.0,
+        "use_rope_scaling": False,
+        "rotary_seq_len_interpolation_factor": None,
         "vocab_size": 63,
         "padded_vocab_size": 128,
         "freeze_ViT": True,
@@ -87,6 +91,8 @@ def test_megatrons_arguments_must_be_those_of_the_checkpoint(tmp_path: Path) -> 
     assert language.vocab_size == 128
     with pytest.raises(ConfigError, match=r"--hidden-size 64 with .* its model has 32; give that"):
         hugging_face_spec(flags(hidden_size=64), model)
+    with pytest.raises(ConfigError, match=r"--rotary-percent 0\.5 with .* its model has 1\.0"):
+        hugging_face_spec(flags(rotary_percent=0.5), model)
     with pytest.raises(ConfigError, match=r"--vocab-size 63 .* has 64 tokens"):
         hugging_face_spec(flags(padded_vocab_size=32), model)
     qwen2_vl().config.save_pretrained(tmp_path / "qwen")

@@ -51,6 +51,16 @@ def test_values_depend_on_seed_and_name(groups):
     assert all(not torch.equal(a, b) for i, a in enumerate(matrices) for b in matrices[:i])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_have_a_deviation_of_their_own(groups, tied):
+    options = replace(OPTIONS, common={"init_method_std": 0.2, "embedding_init_method_std": 3.0})
+    model = Model(vision_language(tied=tied), LAYOUT, groups, options)
+    values = dict(global_parameters(model.chunks))
+    assert 2 < values["language_model.embedding.word_embeddings.weight"].std() < 4
+    assert (values["language_model.output_layer.weight"].std() > 2) == tied
+    assert values["language_model.decoder.layers.0.mlp.linear_fc1.weight"].std() < 0.4
+
+
 def test_values_do_not_depend_on_the_type(groups):
     wide = Model(vision_language(), LAYOUT, groups)
     narrow = Model(vision_language(), LAYOUT, groups, replace(OPTIONS, params_dtype=torch.float32))

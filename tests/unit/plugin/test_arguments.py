@@ -278,6 +278,8 @@ REFUSED_VALUES = {
     "decoder_last_pipeline_num_layers": 3,
     "recompute_granularity": "selective",
     "cuda_graph_impl": "local",
+    "cpu_offloading_num_layers": 2,
+    "mlp_chunks_for_training": 2,
     "mtp_num_layers": 1,
 }
 """Values of the arguments that are no switches."""
