@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_pipeweaver.cli.files import load_problem
+from megatron_pipeweaver.cli.interrupt import until_interrupted
 from megatron_pipeweaver.cli.search_flags import add_search_arguments, search_config
 from megatron_pipeweaver.compiler.check import check_schedule
 from megatron_pipeweaver.search.anytime import solve
@@ -26,7 +27,8 @@ def run(args: argparse.Namespace) -> int:
     """Build, check and print all of them; the exit code."""
     config = search_config(args)
     problem, _ = load_problem(args.problem)
-    schedules = {"pipeweaver": solve(problem, config).schedule}
+    found = until_interrupted(lambda stop: solve(problem, config, stop=stop))
+    schedules = {"pipeweaver": found.schedule}
     for name in BASELINES:
         static = schedule(problem, name, in_order=config.deterministic)
         schedules[name.replace("_", " ")] = static

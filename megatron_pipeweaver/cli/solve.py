@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from megatron_pipeweaver.cli.files import load_problem, refuse_bad_outputs
+from megatron_pipeweaver.cli.interrupt import until_interrupted
 from megatron_pipeweaver.cli.search_flags import add_search_arguments, search_config
 from megatron_pipeweaver.compiler.check import check_schedule
 from megatron_pipeweaver.ir.codec import schedule_to_json
@@ -37,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
     config = search_config(args)
     refuse_bad_outputs([args.output, args.svg], inputs=[args.problem])
     problem, sha256 = load_problem(args.problem)
-    result = solve(problem, config, problem_sha256=sha256, on_improvement=_tell)
+    result = until_interrupted(
+        lambda stop: solve(problem, config, problem_sha256=sha256, on_improvement=_tell, stop=stop)
+    )
     check_schedule(problem, result.schedule, problem_sha256=sha256)
     write_whole(args.output, schedule_to_json(result.schedule))
     if args.svg is not None:

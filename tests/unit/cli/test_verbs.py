@@ -1,5 +1,8 @@
 import json
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -50,6 +53,23 @@ def test_solve_writes_a_valid_schedule(problem_file, tmp_path, capsys, flags):
         assert word in out
     split = [op for rank in schedule.ranks for op in rank if op.kind == "W"]
     assert not (split and "--no-split" in flags)
+
+
+def test_an_interrupted_search_still_writes_the_best_so_far(problem_file, tmp_path):
+    path = tmp_path / "schedule.json"
+    argv = ["solve", str(problem_file), "-o", str(path), "--time-budget", "600", "-v"]
+    command = [sys.executable, "-P", "-m", "megatron_pipeweaver", *argv]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stderr.readline()  # the search has a first schedule
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert process.returncode == 0
+    assert err.endswith("pipeweaver: interrupted; this is the best found so far\n")
+    schedule = schedule_from_json(path.read_bytes())
+    check_schedule(problem(), schedule)
+    assert f"({schedule.makespan_ns} ns)" in out
 
 
 def test_solve_draws_too(problem_file, tmp_path):
