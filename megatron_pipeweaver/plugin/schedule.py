@@ -409,7 +409,9 @@ def finish_gradients(
         return
     for chunk in chunks:
         if getattr(getattr(chunk, "ddp_config", None), "overlap_grad_reduce", False):
-            chunk.start_grad_sync()
+            # Group by group, since DDP's own loop forgets what must be reduced as a whole.
+            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                group.start_grad_sync(force_all_reduce=force_all_reduce)
     config.finalize_model_grads_func(
         compat.finalize_order(chunks),
         num_tokens if config.calculate_per_token_loss else None,

@@ -146,14 +146,16 @@ class Synced(torch.nn.Module):
         super().__init__()
         self.name, self.log, self.embeds_tokens = name, log, embeds
         self.ddp_config = SimpleNamespace(overlap_grad_reduce=overlap)
+        self.bucket_groups, self.expert_parallel_bucket_groups = [self], []
 
-    def start_grad_sync(self):
-        self.log.append(self.name)
+    def start_grad_sync(self, force_all_reduce):
+        self.log.append((self.name, force_all_reduce))
 
 
 @pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("overlap", [True, False])
-def test_gradients_are_synced_in_the_order_of_the_chunks_then_finalised(per_token, overlap):
+@pytest.mark.parametrize("whole", [True, False])
+def test_gradients_are_synced_in_the_order_of_the_chunks_then_finalised(per_token, overlap, whole):
     log, calls = [], []
     names = ["vision0", "vision1", "language0", "language1"]
     chunks = [Synced(name, log, overlap, embeds=name == "language0") for name in names]
@@ -163,12 +165,13 @@ def test_gradients_are_synced_in_the_order_of_the_chunks_then_finalised(per_toke
 
     config = SimpleNamespace(finalize_model_grads_func=finalize, calculate_per_token_loss=per_token)
     tokens, groups = torch.tensor(7), object()
-    finish_gradients(chunks, config, tokens, groups, force_all_reduce=True)
+    finish_gradients(chunks, config, tokens, groups, force_all_reduce=whole)
     ((before, (model, counted), named),) = calls
-    assert before == (names if overlap else [])
+    # Gradients that are to be saved are all-reduced, not scattered, when they are sent on early.
+    assert before == ([(name, whole) for name in names] if overlap else [])
     assert [one.name for one in model] == ["language0", "vision0", "vision1", "language1"]
     assert counted is (tokens if per_token else None)
-    assert named == {"pg_collection": groups, "force_all_reduce": True}
+    assert named == {"pg_collection": groups, "force_all_reduce": whole}
 
 
 def test_without_a_function_to_finalise_them_gradients_stay_with_the_chunks():
