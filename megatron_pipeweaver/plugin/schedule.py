@@ -37,6 +37,7 @@ from megatron_pipeweaver.plugin.sharing import SharedBatch, share_batch
 from megatron_pipeweaver.plugin.stages import MegatronStages, StepContext
 from megatron_pipeweaver.runtime.activations import AllocatorGauge, MemoryGauge, TensorGauge
 from megatron_pipeweaver.runtime.agreement import agree, broadcast_bytes, gather_bytes
+from megatron_pipeweaver.runtime.clock import DeviceClock, HostClock
 from megatron_pipeweaver.runtime.executor import Executor
 from megatron_pipeweaver.runtime.offload import copy_stream
 from megatron_pipeweaver.runtime.recorder import Recorder
@@ -211,7 +212,10 @@ class PipeWeaverSchedule:
     ) -> Recorder:
         """Run this rank's actions, watched; what they took."""
         with ranks.watchdog.watching(verified.plan, self._iteration) as at:
-            recorder = Recorder(self._iteration, verified.fingerprint, on_action=at)
+            # Events cost a little, and nobody reads times that are not gathered.
+            on_device = self._gather_traces and torch.cuda.is_available()
+            clock = DeviceClock() if on_device else HostClock()
+            recorder = Recorder(self._iteration, verified.fingerprint, clock=clock, on_action=at)
             if self._gather_traces:
                 recorder.start(ranks.pipeline)
             Executor(ranks.pipeline_rank, stages, ranks.transport, recorder).run(verified)

@@ -24,6 +24,7 @@ from megatron_pipeweaver.ir.plan_text import format_action
 from megatron_pipeweaver.ir.problem import OpKey, OpKind, PassGraph, PassKey, dependencies
 from megatron_pipeweaver.ir.text import format_op
 from megatron_pipeweaver.ir.trace import TraceKind
+from megatron_pipeweaver.runtime.clock import Mark
 from megatron_pipeweaver.runtime.recorder import Recorder
 from megatron_pipeweaver.runtime.stage import StageRunner
 from megatron_pipeweaver.runtime.transfer import Pending, Transport
@@ -71,26 +72,26 @@ class Executor:
             )
         run = _Run(self._rank, plan, self._stages, self._transport)
         for index, action in enumerate(plan.ranks[self._rank]):
-            started_ns = self._recorder.enter(index)
+            began = self._recorder.enter(index)
             try:
                 run.handlers[action.kind](action)
             except (TransferError, PlanMismatchError) as error:
                 where = f"rank {self._rank}, action {index}: `{format_action(plan, action)}`"
                 raise type(error)(f"{where}: {error}") from error
-            self._record(plan, action, started_ns)
+            self._record(plan, action, began)
         try:
             self._transport.finish()
         except TransferError as error:
             raise TransferError(f"rank {self._rank}, behind its last action: {error}") from error
 
-    def _record(self, plan: Plan, action: ComputeAction | TransferAction, started_ns: int) -> None:
+    def _record(self, plan: Plan, action: ComputeAction | TransferAction, began: Mark) -> None:
         if isinstance(action, ComputeAction):
-            self._recorder.leave(started_ns, TraceKind.COMPUTE, action.op, strategy=action.strategy)
+            self._recorder.leave(began, TraceKind.COMPUTE, action.op, strategy=action.strategy)
             return
         first = plan.messages[action.messages[0]]
         peers = {first.source_rank, first.target_rank} - {self._rank}
         self._recorder.leave(
-            started_ns,
+            began,
             _TRANSFER_ROWS[action.kind],
             first.source,
             peer=peers.pop(),

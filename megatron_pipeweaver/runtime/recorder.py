@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -14,6 +14,19 @@ from megatron_pipeweaver.ir.codec import trace_from_json, trace_to_json
 from megatron_pipeweaver.ir.problem import OpKey
 from megatron_pipeweaver.ir.trace import Trace, TraceKind, TraceRow
 from megatron_pipeweaver.runtime.agreement import gather_bytes
+from megatron_pipeweaver.runtime.clock import Clock, HostClock, Mark
+
+
+class _Entry(NamedTuple):
+    """A row whose times are read when all has run."""
+
+    began: Mark
+    ended: Mark
+    kind: TraceKind
+    key: OpKey
+    strategy: str
+    peer: int | None
+    size_bytes: int | None
 
 
 class Recorder:
@@ -22,9 +35,8 @@ class Recorder:
     Args:
         iteration: its number.
         plan_sha256: fingerprint of the plan that runs.
-        clock: nanoseconds, monotonic; one clock for all processes of a host.
-        synchronize: waits until the device has finished, so that rows tell of its work and not of
-            its queue; it costs the overlap of host and device, so leave it out in training.
+        clock: the device's where the host runs ahead of it, so that rows tell of its work and not
+            of its queue; the host's by default.
         on_action: told the index of every action before it runs.
     """
 
@@ -33,38 +45,48 @@ class Recorder:
         iteration: int,
         plan_sha256: str,
         *,
-        clock: Callable[[], int] = time.perf_counter_ns,
-        synchronize: Callable[[], None] | None = None,
+        clock: Clock | None = None,
         on_action: Callable[[int], None] | None = None,
     ) -> None:
         self._iteration = iteration
         self._plan_sha256 = plan_sha256
-        self._clock = clock
-        self._synchronize = synchronize
+        self._clock = clock or HostClock()
         self._on_action = on_action
-        self._rows: list[TraceRow] = []
-        self._start_ns = clock()
+        self._entries: list[_Entry] = []
+        self._start_ns = self._clock.start()
 
     @property
     def rows(self) -> tuple[TraceRow, ...]:
         """The rows so far; times from this rank's own start."""
-        return tuple(self._rows)
+        elapsed_ns = self._clock.elapsed_ns
+        return tuple(
+            TraceRow(
+                kind=one.kind,
+                key=one.key,
+                strategy=one.strategy,
+                start_ns=elapsed_ns(one.began),
+                end_ns=elapsed_ns(one.ended),
+                peer=one.peer,
+                size_bytes=one.size_bytes,
+            )
+            for one in self._entries
+        )
 
     def start(self, group: dist.ProcessGroup | None = None) -> None:
         """Set the start, behind a barrier of `group`: a common one where clocks are not shared."""
         if group is not None:
             dist.barrier(group)
-        self._start_ns = self._clock()
+        self._start_ns = self._clock.start()
 
-    def enter(self, index: int) -> int:
-        """The time in nanoseconds from the start, as action `index` begins."""
+    def enter(self, index: int) -> Mark:
+        """The time as action `index` begins, for `leave`."""
         if self._on_action is not None:
             self._on_action(index)
-        return self._clock() - self._start_ns
+        return self._clock.mark()
 
     def leave(
         self,
-        started_ns: int,
+        began: Mark,
         kind: TraceKind,
         key: OpKey,
         *,
@@ -72,19 +94,9 @@ class Recorder:
         peer: int | None = None,
         size_bytes: int | None = None,
     ) -> None:
-        """Record that what began at `started_ns` ends now."""
-        if self._synchronize is not None:
-            self._synchronize()
-        self._rows.append(
-            TraceRow(
-                kind=kind,
-                key=key,
-                strategy=strategy,
-                start_ns=started_ns,
-                end_ns=self._clock() - self._start_ns,
-                peer=peer,
-                size_bytes=size_bytes,
-            )
+        """Record that what began at `began`, as `enter` told, ends now."""
+        self._entries.append(
+            _Entry(began, self._clock.mark(), kind, key, strategy, peer, size_bytes)
         )
 
     def gather_trace(self, group: dist.ProcessGroup) -> Trace:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from itertools import count
 
+import pytest
+import torch
+
 from megatron_pipeweaver.ir.text import parse_op
 from megatron_pipeweaver.ir.trace import TraceKind, TraceRow
+from megatron_pipeweaver.runtime.clock import DeviceClock, HostClock
 from megatron_pipeweaver.runtime.recorder import Recorder
 
 
 def test_rows_count_from_the_start() -> None:
     ticks = count(100, 10)
     entered: list[int] = []
-    finished: list[str] = []
-    recorder = Recorder(
-        3,
-        "ab",
-        clock=lambda: next(ticks),
-        synchronize=lambda: finished.append("device"),
-        on_action=entered.append,
-    )
+    recorder = Recorder(3, "ab", clock=HostClock(lambda: next(ticks)), on_action=entered.append)
     recorder.start()  # at 110
     op = parse_op("vision0.F3")
     recorder.leave(recorder.enter(0), TraceKind.COMPUTE, op, strategy="keep")
@@ -31,4 +28,63 @@ def test_rows_count_from_the_start() -> None:
         ),
     )
     assert entered == [0, 1]
-    assert finished == ["device", "device"]
+
+
+class Stream:
+    """A GPU's stream of work: the host gives it work, and it runs later."""
+
+    def __init__(self) -> None:
+        self.queue: list[int | Event] = []
+        self.now_ms = 5.0
+        self.waited = 0
+
+    def synchronize(self) -> None:
+        for one in self.queue:
+            if isinstance(one, Event):
+                one.at_ms = self.now_ms
+            else:
+                self.now_ms += one
+        self.queue.clear()
+        self.waited += 1
+
+
+class Event:
+    """A CUDA event on a `Stream`."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.at_ms: float | None = None
+
+    def record(self) -> None:
+        self.stream.queue.append(self)
+
+    def synchronize(self) -> None:
+        if self.at_ms is None:
+            self.stream.synchronize()
+
+    def elapsed_time(self, later: Event) -> float:
+        assert self.at_ms is not None
+        assert later.at_ms is not None
+        return later.at_ms - self.at_ms
+
+
+def test_on_a_gpu_rows_tell_of_the_work_and_not_of_how_soon_the_host_gave_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = Stream()
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(stream))
+    monkeypatch.setattr(torch.cuda, "synchronize", stream.synchronize)
+    recorder = Recorder(3, "ab", clock=DeviceClock())
+    stream.queue.append(1000)  # of the iteration in front, say its optimizer's step
+    recorder.start()
+    waited = stream.waited
+    op = parse_op("vision0.F3")
+    for milliseconds in (40, 7):
+        began = recorder.enter(0)
+        stream.queue.append(milliseconds)
+        recorder.leave(began, TraceKind.COMPUTE, op)
+    assert stream.waited == waited  # the host went on
+    assert [(one.start_ns, one.end_ns) for one in recorder.rows] == [
+        (0, 40_000_000),
+        (40_000_000, 47_000_000),
+    ]
