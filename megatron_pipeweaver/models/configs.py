@@ -136,6 +136,11 @@ def _make_config(name: str, fields: dict[str, Any], options: ModelOptions) -> An
         **overrides,
     }
     try:
-        return TransformerConfig(**given)
+        config = TransformerConfig(**given)
     except ValueError as error:
         raise ConfigError(f"module {name!r}: {error}") from error
+    if config.gradient_accumulation_fusion:
+        # Transformer Engine has the gradient of what ran forward first written over `main_grad`,
+        # and here another one's backward may have come before. Without its cache nothing is first.
+        config.disable_parameter_transpose_cache = True
+    return config

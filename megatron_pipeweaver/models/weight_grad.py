@@ -19,9 +19,10 @@ gathers it once more in ``W``; all tensor-parallel ranks run one plan, so they g
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,6 +32,18 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.utils import prepare_input_tensors_for_wgrad_compute
 from torch import Tensor
+
+from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.models.delayed import DelayedCall, can_delay, delay
+
+_FUSED_KERNELS: Mapping[torch.dtype, str] = MappingProxyType(
+    {
+        torch.float32: "wgrad_gemm_accum_fp32",
+        torch.float16: "wgrad_gemm_accum_fp16",
+        torch.bfloat16: "wgrad_gemm_accum_fp16",
+    }
+)
+"""Apex's kernel by the type of the buffer that it adds to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,36 +75,40 @@ class _WeightGrad:
 
 
 class LeftOut:
-    """The weight gradients that one stage pair's backward has left out so far.
+    """The weight gradients that one stage pair's backward leaves out."""
 
-    Args:
-        delayed: modules of Transformer Engine that keep theirs themselves.
-    """
-
-    def __init__(self, delayed: tuple[Any, ...] = ()) -> None:
-        self._delayed = delayed
+    def __init__(self) -> None:
         self._left: deque[_WeightGrad] = deque()
+        self._calls: list[DelayedCall] = []
 
     def add(self, one: _WeightGrad) -> None:
-        """Leave `one` to `finish`."""
+        """Leave `one` to `finish`; in the backward."""
         self._left.append(one)
+
+    def add_call(self, one: DelayedCall) -> None:
+        """Leave to `finish` what the backward of `one` will put off; in the forward."""
+        self._calls.append(one)
 
     def tensors(self) -> Iterator[Tensor]:
         """What is held for them: inputs and output gradients."""
         for one in self._left:
             yield from (one.input, one.grad_output)
+        for call in self._calls:
+            yield from call.tensors()
 
     def finish(self) -> None:
-        """Compute and accumulate them all, in the order of the backward."""
+        """Compute and accumulate them all, from the last linear to the first.
+
+        Megatron's linears come before those of Transformer Engine, which lie below them.
+        """
         while self._left:
             one = self._left.popleft()
             with torch.no_grad():
                 gradient = one.compute()
             # Through the parameter's own accumulation, whose hooks tell Megatron's DDP.
             torch.autograd.backward(one.weight.expand_as(one.weight), gradient)
-        for module in self._delayed:
-            module.backward_dw()
-        self._delayed = ()
+        while self._calls:
+            self._calls.pop().finish()
 
 
 class WeightGradients:
@@ -107,20 +124,23 @@ class WeightGradients:
         projectors = [one for one in modules if isinstance(one, MultimodalProjector)]
         at_once = {id(part) for one in projectors for part in one.modules()}
         for module in modules:
+            if id(module) in at_once:
+                continue
             # The instances are the chunk's own; Megatron's classes stay as they are.
             linear = isinstance(module, ColumnParallelLinear | RowParallelLinear)
-            if linear and module.weight is not None and id(module) not in at_once:
+            if linear and module.weight is not None:
                 module._forward_impl = _Linear(self, module._forward_impl)
-        self._delayed = tuple(module for module in modules if _delays(module))
+            elif can_delay(module):
+                delay(module, self)
 
     @contextmanager
     def leaving_out(self, split: bool) -> Iterator[LeftOut]:
         """Forwards inside have their backwards leave weight gradients out, if `split`.
 
         Yields:
-            Where they will be. Transformer Engine's are there even where it is not split.
+            Where they will be.
         """
-        left = LeftOut(self._delayed)
+        left = LeftOut()
         with self._into(left if split else None):
             yield left
 
@@ -222,17 +242,15 @@ class _LinearInputGrad(torch.autograd.Function):
 
 def _add_fused(weight: Any, whole_input: Tensor, grad_output: Tensor) -> Tensor:
     """Add the gradient into `main_grad` by Apex's kernel; returns what hooks take for it."""
-    kernels = layers.fused_weight_gradient_mlp_cuda
-    single = weight.main_grad.dtype is torch.float32
-    add = kernels.wgrad_gemm_accum_fp32 if single else kernels.wgrad_gemm_accum_fp16
+    kind = weight.main_grad.dtype
+    if kind not in _FUSED_KERNELS:
+        raise ConfigError(
+            f"gradient buffer of {kind}: Apex's kernels add to {[*_FUSED_KERNELS]} alone; "
+            "give --no-gradient-accumulation-fusion"
+        )
+    add = getattr(layers.fused_weight_gradient_mlp_cuda, _FUSED_KERNELS[kind])
     add(whole_input, grad_output, weight.main_grad)
     weight.grad_added_to_main_grad = True
     # Megatron's hook wants a gradient to be there, and adds it only where zeros are asked for.
     zeros = getattr(weight, "zero_out_wgrad", False)
     return torch.zeros_like(weight) if zeros else torch.empty_like(weight)
-
-
-def _delays(module: Any) -> bool:
-    """Whether `module` is Transformer Engine's, made with ``delay_wgrad_compute``."""
-    store = getattr(module, "wgrad_store", None)
-    return store is not None and bool(store.delay_wgrad_compute())

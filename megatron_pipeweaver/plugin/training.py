@@ -41,6 +41,7 @@ from megatron_pipeweaver.plugin.arguments import (
 )
 from megatron_pipeweaver.plugin.cpu_training import cpu_training_patches
 from megatron_pipeweaver.plugin.data import data_state_hook
+from megatron_pipeweaver.plugin.delayed import splits_backwards
 from megatron_pipeweaver.plugin.dry_run import plan_batches, play_first_rank
 from megatron_pipeweaver.plugin.install import install, is_patched_fork, run_on_cpu, uninstall
 from megatron_pipeweaver.plugin.journal import Journal, megatron_writer
@@ -350,7 +351,7 @@ def planner_settings(
         sub_microbatch=partition.sub_microbatch,
         memory_capacity_bytes=memory_capacity(args, ours, spec, partition, device),
         dtypes={one.name: dtype for one in spec.modules},
-        search=ours.search_config(args.seed, split_weight_grad=local),
+        search=ours.search_config(args.seed, split_weight_grad=splits_backwards(args)),
         host_memory_bytes=host_memory(ours),
     )
 
