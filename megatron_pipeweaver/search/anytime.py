@@ -77,7 +77,7 @@ def solve(
     """
     started = time.perf_counter_ns()
     native = NativeProblem(problem, in_order=config.deterministic)
-    first = _first(native, config)
+    first = first_schedule(native, config)
     first_ns = time.perf_counter_ns() - started
     report = _Reporter(on_improvement)
     report(first.makespan, first_ns, 1, 0)
@@ -87,7 +87,7 @@ def solve(
     }
     static = min(baselines.values(), key=lambda table: table.makespan)
     bounds = lower_bounds(native.core)
-    options = _options(config)
+    options = search_options(config)
     options.stop = stop
     left_ns = max(0, deadline(problem, config) - (time.perf_counter_ns() - started))
     exact_ns = left_ns // 10 if config.memory_solver is MemorySolver.HIGHS else 0
@@ -135,7 +135,7 @@ def deadline(problem: Problem, config: SearchConfig) -> int:
     return config.time_budget_ns - NS_PER_OP * ops
 
 
-def _first(native: NativeProblem, config: SearchConfig) -> Timetable:
+def first_schedule(native: NativeProblem, config: SearchConfig) -> Timetable:
     """A valid schedule at once: one decode at the fastest strategies that memory admits."""
     fastest = [count - 1 for count in native.level_counts()]
     made = policy(
@@ -144,7 +144,8 @@ def _first(native: NativeProblem, config: SearchConfig) -> Timetable:
     return native.core.decode(made)
 
 
-def _options(config: SearchConfig) -> SearchOptions:
+def search_options(config: SearchConfig) -> SearchOptions:
+    """`config` in the native core's form, but for the time."""
     options = SearchOptions()
     options.threads = config.threads
     options.seed = config.seed

@@ -13,7 +13,7 @@ from megatron_pipeweaver.compiler.check import check_schedule
 from megatron_pipeweaver.config import Exploration, SearchConfig
 from megatron_pipeweaver.errors import InfeasibleError
 from megatron_pipeweaver.ir.problem import Microbatch, OpKind, Pass, Problem, Strategy
-from megatron_pipeweaver.search.anytime import Improvement, _options, solve
+from megatron_pipeweaver.search.anytime import Improvement, search_options, solve
 from megatron_pipeweaver.search.interleave import policy
 from megatron_pipeweaver.search.native import NativeProblem
 
@@ -74,7 +74,7 @@ def explored(problem: Problem, config: SearchConfig) -> SearchOutcome:
     one_after_another = policy(problem, [0] * len(native.level_counts()))
     one_after_another.load_limit = 0
     start = native.core.decode(one_after_another)
-    options = _options(config)
+    options = search_options(config)
     options.budget_ns = config.time_budget_ns
     outcome = native.core.search(options, start, lambda *_: None)
     assert outcome.best.makespan <= start.makespan
