@@ -67,13 +67,13 @@ def load_bench(name: str, batches: int, microbatches: int, device: str = "H800")
         options=options,
         costs=AnalyticCostModel(profile, options, strategies=STRATEGIES),
         batches=tuple(
-            BatchMetadata(microbatches=_draw(setup.model, microbatches, seed))
+            BatchMetadata(microbatches=draw(setup.model, microbatches, seed))
             for seed in range(batches)
         ),
     )
 
 
-def _draw(model: ModelSpec, count: int, seed: int) -> tuple[MicrobatchMetadata, ...]:
+def draw(model: ModelSpec, count: int, seed: int) -> tuple[MicrobatchMetadata, ...]:
     """0 to 48 images beside 8192 tokens each, or clips of 4 to 16 s in all, as in the paper."""
     if model.modules[0].name == "vision":
         return SYNTHETIC["images"].draw(count, seed)

@@ -12,12 +12,14 @@ from dataclasses import replace
 
 from megatron_pipeweaver.config import SECOND_NS, SearchConfig
 from megatron_pipeweaver.ir.problem import Problem
-from megatron_pipeweaver.partition.balance import Outcome
+from megatron_pipeweaver.partition.balance import Outcome, Probes
 from megatron_pipeweaver.search.anytime import first_schedule, search_options
 from megatron_pipeweaver.search.native import NativeProblem
 
 BRIEF_ROUNDS = 64
 """Enough for the classic recipes, and little more."""
+VERDICT_ROUNDS = 256
+"""Of a search by which layouts are told apart in the end."""
 _HOUR_NS = 3600 * SECOND_NS
 """Rounds end the search, never the clock: the same problem has the same outcome."""
 
@@ -42,4 +44,12 @@ def brief(problem: Problem, config: SearchConfig, rounds: int = BRIEF_ROUNDS) ->
     return Outcome(
         makespan_ns=best.makespan,
         busy_ns=tuple(sum(end[op] - start[op] for op in ops) for ops in best.order),
+    )
+
+
+def brief_searches(config: SearchConfig) -> Probes:
+    """What layouts are walked by and judged by (`partition.balance`)."""
+    return Probes(
+        walk=lambda problem: brief(problem, config),
+        verdict=lambda problem: brief(problem, config, VERDICT_ROUNDS),
     )
