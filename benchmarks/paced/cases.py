@@ -12,10 +12,10 @@ from megatron_pipeweaver.config import SearchConfig
 from megatron_pipeweaver.ir.batch import BatchMetadata, Item, MicrobatchMetadata
 from megatron_pipeweaver.ir.plan import PassPayload, Plan, VerifiedPlan
 from megatron_pipeweaver.ir.problem import Problem
-from megatron_pipeweaver.partition.candidates import PerLayerCosts
 from megatron_pipeweaver.partition.offline import Partition, partition_model
 from megatron_pipeweaver.partition.tune import Job, working_bytes
 from megatron_pipeweaver.planner.planner import Planner
+from megatron_pipeweaver.planner.settings import CostSettings, PlannerSettings
 from megatron_pipeweaver.semu.devices import load_device
 from megatron_pipeweaver.semu.memory import activation_capacity_bytes, rank_state_bytes
 from megatron_pipeweaver.semu.model import AnalyticCostModel
@@ -131,19 +131,39 @@ def make_case(
 
 def make_planner(job: Job, batches: Sequence[BatchMetadata], search: SearchConfig) -> Planner:
     """PipeWeaver's planner for `job`, cut for the batch's largest microbatch."""
-    parallel = job.options.parallel
+    settings = make_settings(job, batches, search)
+    return Planner(
+        model=settings.model,
+        layout=settings.layout,
+        costs=settings.costs.make(),
+        sub_microbatch=settings.sub_microbatch,
+        memory_capacity_bytes=settings.memory_capacity_bytes,
+        dtypes=settings.dtypes,
+        search=search,
+        parallel=job.options.parallel,
+    )
+
+
+def make_settings(
+    job: Job, batches: Sequence[BatchMetadata], search: SearchConfig
+) -> PlannerSettings:
+    """What PipeWeaver's planner for `job` is made from, cut for the batch's largest microbatch."""
     costs = AnalyticCostModel(job.device, job.options)
     typical = max(job.microbatches, key=lambda one: sum(map(len, one.items.values())))
-    cut = partition_model(job.model, parallel.pipeline, costs, typical)
-    return Planner(
+    cut = partition_model(job.model, job.options.parallel.pipeline, costs, typical)
+    return PlannerSettings(
         model=job.model,
         layout=cut.layout,
-        costs=PerLayerCosts(costs, job.strategies, job.candidates),
+        costs=CostSettings(
+            device=job.device,
+            options=job.options,
+            strategies=job.strategies,
+            candidates=job.candidates,
+        ),
         sub_microbatch=cut.sub_microbatch,
         memory_capacity_bytes=_capacity_bytes(job, costs, batches, cut),
         dtypes={one.name: "bfloat16" for one in job.model.modules},
         search=search,
-        parallel=parallel,
     )
 
 
