@@ -12,7 +12,7 @@ and every meeting, is one of the shared plan's, whose waits make no ring.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -72,7 +72,7 @@ def _renumbered(
 
 
 def _kept_actions(
-    actions: tuple[Action, ...],
+    actions: Sequence[Action],
     payloads: Mapping[PassKey, PassPayload],
     places: Mapping[int, int],
 ) -> tuple[Action, ...]:

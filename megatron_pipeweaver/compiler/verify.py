@@ -6,6 +6,10 @@ tensor is used; no wait is cyclic under rendezvous semantics; memory stays under
 order of execution. Messages that are posted as one are one step, which completes when all of them
 can. The verifier knows nothing of how plans are made: it reads the dependency rule of `ir.problem`
 and the plan.
+
+What stands here is the proof that people read, and that words every fault. The native core has its
+twin (`csrc/plan_check.cpp`, the same checks in the same order), which says yes or nothing within a
+millisecond or two; what it does not say yes to is for the proof here to judge.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import NoReturn
 
 from megatron_pipeweaver.compiler.grid import format_excerpt
 from megatron_pipeweaver.compiler.messages import activation_of, message_shape
+from megatron_pipeweaver.compiler.packed import PackedPlan
 from megatron_pipeweaver.errors import ConfigError, PlanInvalidError
 from megatron_pipeweaver.ir.plan import (
     COMPUTE_KIND,
@@ -41,13 +46,18 @@ _TRANSFERS = (*_ON_SOURCE, *_ON_TARGET)
 _Waits = Mapping[OpKey, tuple[Dependency, ...]]
 
 
-def verify(plan: Plan) -> VerifiedPlan:
+def verify(plan: Plan | PackedPlan) -> VerifiedPlan:
     """`plan`, proven safe to run.
 
     Raises:
         PlanInvalidError: a rule is broken: rank, action and rule on the first line, then the
             actions around it with an arrow.
     """
+    if isinstance(plan, PackedPlan):
+        peaks = plan.peak_memory_bytes()
+        if peaks is not None:
+            return VerifiedPlan(plan.plan, plan.fingerprint, peaks)
+        plan = plan.plan
     graph = _graph(plan)
     ops = _op_places(plan, graph)
     _check_stage_pairs(plan, ops)
@@ -59,8 +69,7 @@ def verify(plan: Plan) -> VerifiedPlan:
     _check_order(plan, waits, ops, transfers)
     _check_pair_order(plan, transfers)
     _check_progress(plan)
-    _check_memory(plan, graph, ops)
-    return VerifiedPlan(plan, fingerprint(plan))
+    return VerifiedPlan(plan, fingerprint(plan), _peaks(plan, graph, ops))
 
 
 def _fail(plan: Plan, place: _Place, what: str) -> NoReturn:
@@ -363,19 +372,21 @@ def _check_progress(plan: Plan) -> None:
 # --- memory --------------------------------------------------------------------------------------
 
 
-def _check_memory(plan: Plan, graph: PassGraph, ops: Mapping[OpKey, _Place]) -> None:
-    """In the order of execution no rank holds more than its capacity."""
+def _peaks(plan: Plan, graph: PassGraph, ops: Mapping[OpKey, _Place]) -> tuple[int, ...]:
+    """What each rank holds at most in the order of execution: no more than its capacity."""
     split = {op.with_kind(OpKind.B) for op in ops if op.kind is OpKind.W}
+    peaks = []
     for rank, (actions, capacity) in enumerate(
         zip(plan.ranks, plan.memory_capacity_bytes, strict=True)
     ):
-        held = 0
+        held = peak = 0
         for index, action in enumerate(actions):
             if not isinstance(action, ComputeAction):
                 continue
             op = action.op
             if op.kind is OpKind.F:
                 held += action.memory_bytes
+                peak = max(peak, held)
                 if held > capacity:
                     _fail(
                         plan,
@@ -387,3 +398,5 @@ def _check_memory(plan: Plan, graph: PassGraph, ops: Mapping[OpKey, _Place]) -> 
                 ends = op.kind is OpKind.W or op not in split
             if ends:
                 held -= action.memory_bytes
+        peaks.append(peak)
+    return tuple(peaks)

@@ -13,6 +13,7 @@
 #include "local.hpp"
 #include "memory.hpp"
 #include "model.hpp"
+#include "plan.hpp"
 #include "search.hpp"
 #include "timing.hpp"
 
@@ -122,6 +123,66 @@ class Core {
   std::vector<Alone> alone_;
 };
 
+// A plan that was read from its bytes; Python sees rows of numbers when it asks for them.
+class PackedPlan {
+ public:
+  explicit PackedPlan(Plan plan) : plan_(std::move(plan)) {}
+
+  static std::optional<PackedPlan> read(const py::bytes& data) {
+    const std::string_view view(data);
+    py::gil_scoped_release release;
+    std::optional<Plan> plan = read_plan(view);
+    if (!plan) return std::nullopt;
+    return PackedPlan(std::move(*plan));
+  }
+
+  std::optional<std::vector<i64>> peaks() const {
+    py::gil_scoped_release release;
+    return check_plan(plan_);
+  }
+
+  py::list passes() const {
+    py::list rows;
+    for (const PlanPass& one : plan_.passes) {
+      rows.append(py::make_tuple(one.microbatch, plan_.modules[one.module], one.sub, one.stages,
+                                 one.after, one.frozen, one.item_start, one.item_stop,
+                                 py::tuple(py::cast(one.hidden_shape)),
+                                 py::tuple(py::cast(one.output_shape))));
+    }
+    return rows;
+  }
+
+  py::tuple message(std::size_t index) const {
+    const PlanMessage& one = plan_.messages.at(index);
+    return py::make_tuple(row(one.source), row(one.target), one.source_rank, one.target_rank,
+                          one.sequence, py::tuple(py::cast(one.shape)), kElementTypes[one.dtype]);
+  }
+
+  // Of a compute action (kind, op, strategy, bytes), of a transfer (kind, message, ...).
+  py::list actions(std::size_t rank) const {
+    py::list strategies;
+    for (const std::string& name : plan_.strategies) strategies.append(name);
+    py::list rows;
+    for (const PlanAction& one : plan_.actions.at(rank)) {
+      if (is_compute(one.kind)) {
+        rows.append(py::make_tuple(one.kind, row(one.op), strategies[one.strategy], one.memory));
+        continue;
+      }
+      py::tuple moved(one.end - one.begin);
+      for (i32 m = one.begin; m < one.end; ++m) moved[m - one.begin] = plan_.moved[m];
+      rows.append(py::make_tuple(one.kind, moved));
+    }
+    return rows;
+  }
+
+  const Plan& plan() const { return plan_; }
+
+ private:
+  static py::tuple row(const NamedOp& op) { return py::make_tuple(op.kind, op.pass, op.stage); }
+
+  Plan plan_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
@@ -222,6 +283,23 @@ PYBIND11_MODULE(_core, module) {
       .def_readonly("found_ns", &SearchOutcome::found_ns)
       .def_readonly("rounds", &SearchOutcome::rounds)
       .def_readonly("thread", &SearchOutcome::thread);
+
+  py::class_<PackedPlan>(module, "PackedPlan")
+      .def_static("read", &PackedPlan::read, py::arg("data"))
+      .def("peaks", &PackedPlan::peaks)
+      .def("passes", &PackedPlan::passes)
+      .def("message", &PackedPlan::message, py::arg("index"))
+      .def("actions", &PackedPlan::actions, py::arg("rank"))
+      .def("action_count", [](const PackedPlan& one,
+                              std::size_t rank) { return one.plan().actions.at(rank).size(); })
+      .def_property_readonly("message_count",
+                             [](const PackedPlan& one) { return one.plan().messages.size(); })
+      .def_property_readonly("modules", [](const PackedPlan& one) { return one.plan().modules; })
+      .def_property_readonly("segments", [](const PackedPlan& one) { return one.plan().segments; })
+      .def_property_readonly("capacity", [](const PackedPlan& one) { return one.plan().capacity; })
+      .def_property_readonly("forward_only",
+                             [](const PackedPlan& one) { return one.plan().forward_only; })
+      .def_property_readonly("makespan", [](const PackedPlan& one) { return one.plan().makespan; });
 
   py::class_<Core>(module, "Core")
       .def(py::init<const RawProblem&, bool>(), py::arg("raw"), py::arg("in_order"))

@@ -6,7 +6,7 @@ Plans travel between ranks as bytes (`ir.codec`), are compared by fingerprint, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
@@ -126,7 +126,8 @@ class Plan:
 
     `ranks[r]` are the actions of pipeline rank r. `makespan_ns` is the emulated iteration time;
     `modules` maps a module to its segments in forward order, as in the problem. A plan whose
-    `forward_only` is set holds no ``B`` and no ``W`` (evaluation).
+    `forward_only` is set holds no ``B`` and no ``W`` (evaluation). Messages and actions are tuples,
+    or `compiler.packed.Rows`, which equal them.
     """
 
     pipeline_size: int
@@ -135,8 +136,8 @@ class Plan:
     memory_capacity_bytes: tuple[int, ...]
     makespan_ns: int
     passes: tuple[PlanPass, ...]
-    messages: tuple[Message, ...]
-    ranks: tuple[tuple[Action, ...], ...]
+    messages: Sequence[Message]
+    ranks: Sequence[Sequence[Action]]
 
     def graph(self) -> PassGraph:
         """The passes as `ir.problem.dependencies` reads them (latencies are zero here)."""
@@ -155,34 +156,18 @@ class Plan:
         )
 
 
-def peak_memory_bytes(plan: Plan) -> tuple[int, ...]:
-    """Per rank, the most activation bytes that `plan` holds at any time, in execution order."""
-    frozen = {one.key for one in plan.passes if one.frozen or plan.forward_only}
-    peaks = []
-    for rank in plan.ranks:
-        computes = [one for one in rank if isinstance(one, ComputeAction)]
-        split = {one.op.with_kind(OpKind.B) for one in computes if one.op.kind is OpKind.W}
-        held = peak = 0
-        for one in computes:
-            if one.op.kind is OpKind.F:
-                held += one.memory_bytes
-                peak = max(peak, held)
-            if one.op.owner in frozen or (one.op.kind is not OpKind.F and one.op not in split):
-                held -= one.memory_bytes
-        peaks.append(peak)
-    return tuple(peaks)
-
-
 class VerifiedPlan:
     """A plan that `compiler.verify.verify` has proven safe to run.
 
     Holding one means: every pass stands once, order is respected, every send meets its receive in
-    the same order on both ends, no wait is cyclic, and memory stays under capacity.
+    the same order on both ends, no wait is cyclic, and memory stays under capacity:
+    `peak_memory_bytes` is the most activation bytes that each rank holds at any time.
     """
 
-    __slots__ = ("fingerprint", "plan")
+    __slots__ = ("fingerprint", "peak_memory_bytes", "plan")
 
-    def __init__(self, plan: Plan, fingerprint: str) -> None:
+    def __init__(self, plan: Plan, fingerprint: str, peak_memory_bytes: tuple[int, ...]) -> None:
         """For `compiler.verify.verify` only; tests hold the rest of the code to that."""
         self.plan = plan
         self.fingerprint = fingerprint
+        self.peak_memory_bytes = peak_memory_bytes

@@ -237,6 +237,24 @@ def dependencies(graph: PassGraph, op: OpKey) -> tuple[Dependency, ...]:
     )
 
 
+def receivers(graph: PassGraph, op: OpKey) -> tuple[OpKey, ...]:
+    """Who needs the tensor that `op` makes: the rule of `dependencies`, read the other way."""
+    node = graph.nodes[op.owner]
+    if op.kind is OpKind.W:
+        return ()
+    if op.kind is OpKind.F:
+        if op.stage < node.stages - 1:
+            return (op._replace(stage=op.stage + 1),)
+        return tuple(OpKey(OpKind.F, *consumer, 0) for consumer in graph.consumers[op.owner])
+    if op.stage > 0:
+        return (op._replace(stage=op.stage - 1),)
+    return tuple(
+        OpKey(OpKind.B, *producer, graph.nodes[producer].stages - 1)
+        for producer in node.after
+        if not graph.nodes[producer].frozen
+    )
+
+
 def _latency_between(graph: PassGraph, producer: PassKey) -> int:
     """Latency from the last stage of `producer` to stage 0 of a consumer, which is on rank 0."""
     node = graph.nodes[producer]

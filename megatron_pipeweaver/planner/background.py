@@ -22,7 +22,7 @@ from megatron_pipeweaver.errors import ConfigError, PipeWeaverError, PlanInvalid
 from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.ir.codec import digest, problem_from_json, schedule_from_json, to_bytes
 from megatron_pipeweaver.ir.layout import ChunkLayout
-from megatron_pipeweaver.ir.plan import VerifiedPlan, peak_memory_bytes
+from megatron_pipeweaver.ir.plan import VerifiedPlan
 from megatron_pipeweaver.ir.problem import PassKey
 from megatron_pipeweaver.ir.trace import Trace
 from megatron_pipeweaver.partition.workload import loads
@@ -308,7 +308,7 @@ class BackgroundSource:
 
     def _exceeds(self, received: ReceivedPlan) -> bool:
         """Whether a rank would hold more than its usable memory."""
-        peaks = peak_memory_bytes(received.plan.plan)
+        peaks = received.plan.peak_memory_bytes
         return any(peak > usable for peak, usable in zip(peaks, self.usable_bytes, strict=True))
 
     def _static_answer(self, batch: BatchMetadata, forward_only: bool) -> PlanAnswer:

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from megatron_pipeweaver.compiler.packed import read_plan
 from megatron_pipeweaver.compiler.verify import verify
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.codec import check_format, to_bytes
 from megatron_pipeweaver.ir.json_reader import JsonNode, parse_json
 from megatron_pipeweaver.ir.plan import VerifiedPlan
-from megatron_pipeweaver.ir.plan_codec import plan_from_json, plan_to_json
+from megatron_pipeweaver.ir.plan_codec import plan_to_json
 from megatron_pipeweaver.planner.planner import PlannedIteration, PlanOrigin
 
 WIRE_FORMAT = "pipeweaver.planned/1"
@@ -75,7 +76,7 @@ def decode(data: bytes, source: str = "plan from the planning rank") -> Received
         {"batch_digest", "baselines", "lower_bound_ns", "bubble_ppm", "search_ns", "origin"},
     )
     with without_collections():
-        plan = verify(plan_from_json(body, source))
+        plan = verify(read_plan(body, source))
     return ReceivedPlan(
         plan=plan,
         batch_digest=root["batch_digest"].text(),

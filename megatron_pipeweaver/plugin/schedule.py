@@ -16,7 +16,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from megatron_pipeweaver.errors import PipeWeaverError, UnsupportedMegatronError
 from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.ir.layout import ChunkLayout
-from megatron_pipeweaver.ir.plan import Plan, VerifiedPlan, peak_memory_bytes
+from megatron_pipeweaver.ir.plan import Plan, VerifiedPlan
 from megatron_pipeweaver.ir.trace import Trace
 from megatron_pipeweaver.planner.headroom import MemoryPeak
 from megatron_pipeweaver.planner.planner import PlannedIteration, Planner, batch_digest
@@ -194,7 +194,7 @@ class PipeWeaverSchedule:
                 first_val_step=first_val_step,
             )
             gauge = self._gauge(chunks)
-            stages = MegatronStages(context, self.layout, plan.plan, gauge, self._copy_stream())
+            stages = self._stages(context, plan.plan, gauge)
             start_ns = time.perf_counter_ns()
             with gathered_parameters(chunks), _no_gradient_sync(config):
                 recorder = self._execute(plan, stages, self._communicators)
@@ -203,9 +203,17 @@ class PipeWeaverSchedule:
             peak_bytes = None if gauge is None else gauge.peak_bytes
             if not forward_only:
                 finish_gradients(chunks, config, stages.num_tokens, groups, force_all_reduce)
-        peaks = self._peaks(plan.plan, peak_bytes)
+        peaks = self._peaks(plan, peak_bytes)
         self._report(agreed, batch, forward_only, measured_ns, recorder, peaks)
         return stages.losses()
+
+    def _stages(
+        self, context: StepContext, plan: Plan, gauge: MemoryGauge | None
+    ) -> MegatronStages:
+        """What computes this rank's stages of `plan`."""
+        assert self._communicators is not None
+        rank = self._communicators.pipeline_rank
+        return MegatronStages(context, self.layout, plan, gauge, self._copy_stream(), rank=rank)
 
     def _execute(
         self, verified: VerifiedPlan, stages: MegatronStages, ranks: Communicators
@@ -333,14 +341,14 @@ class PipeWeaverSchedule:
             self._copies = copy_stream()
         return self._copies
 
-    def _peaks(self, plan: Plan, peak_bytes: int | None) -> tuple[MemoryPeak, ...]:
+    def _peaks(self, verified: VerifiedPlan, peak_bytes: int | None) -> tuple[MemoryPeak, ...]:
         """Every pipeline rank's peak, planned and measured; none where nothing measures."""
         if peak_bytes is None or self._communicators is None:
             return ()
         measured = gather_bytes(str(peak_bytes).encode(), self._communicators.pipeline)
         return tuple(
             MemoryPeak(planned_bytes=planned, measured_bytes=int(one))
-            for planned, one in zip(peak_memory_bytes(plan), measured, strict=True)
+            for planned, one in zip(verified.peak_memory_bytes, measured, strict=True)
         )
 
     def _report(

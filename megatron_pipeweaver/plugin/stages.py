@@ -65,6 +65,7 @@ class MegatronStages:
         plan: what is going to run.
         gauge: told of what is held, where memory is measured.
         copies: the stream of copies to and from the host, where there are streams.
+        rank: this pipeline rank, whose actions alone are then looked at.
     """
 
     def __init__(
@@ -74,12 +75,14 @@ class MegatronStages:
         plan: Plan,
         gauge: MemoryGauge | None = None,
         copies: Any = None,
+        *,
+        rank: int | None = None,
     ) -> None:
         self._context = context
         self._layout = layout
         self._frozen = frozenset(one.key for one in plan.passes if one.frozen)
         self._chunks = [unwrap(one) for one in context.model]
-        self._split = split_backwards(plan)
+        self._split = split_backwards(plan, rank)
         self._alive: dict[tuple[PassKey, int], _Alive] = {}
         self._left_out: dict[tuple[PassKey, int], LeftOut] = {}
         self._copies = copies

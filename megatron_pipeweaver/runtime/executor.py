@@ -21,7 +21,7 @@ from megatron_pipeweaver.ir.plan import (
     VerifiedPlan,
 )
 from megatron_pipeweaver.ir.plan_text import format_action
-from megatron_pipeweaver.ir.problem import OpKey, OpKind, PassGraph, PassKey, dependencies
+from megatron_pipeweaver.ir.problem import OpKey, OpKind, PassKey, dependencies, receivers
 from megatron_pipeweaver.ir.text import format_op
 from megatron_pipeweaver.ir.trace import TraceKind
 from megatron_pipeweaver.runtime.clock import Mark
@@ -70,7 +70,7 @@ class Executor:
             raise PlanInvalidError(
                 f"rank {self._rank} is not one of the plan's {plan.pipeline_size} pipeline ranks"
             )
-        run = _Run(self._rank, plan, self._stages, self._transport)
+        run = _Run(plan, self._stages, self._transport)
         for index, action in enumerate(plan.ranks[self._rank]):
             began = self._recorder.enter(index)
             try:
@@ -102,13 +102,12 @@ class Executor:
 class _Run:
     """One run of one plan on one rank: tensors on their edges, messages under way."""
 
-    def __init__(self, rank: int, plan: Plan, stages: StageRunner, transport: Transport) -> None:
+    def __init__(self, plan: Plan, stages: StageRunner, transport: Transport) -> None:
         self._plan = plan
         self._stages = stages
         self._transport = transport
         self._graph = plan.graph()
         self._passes: dict[PassKey, PlanPass] = {one.key: one for one in plan.passes}
-        self._targets = _targets_of(self._graph, rank)
         self._held: dict[tuple[OpKey, OpKey], Tensor] = {}
         self._pending: dict[int, Pending] = {}
         self.handlers: Mapping[ActionKind, Callable[..., None]] = {
@@ -126,7 +125,7 @@ class _Run:
         output = self._stages.forward(
             self._passes[op.owner], op, action.strategy, self._take_inputs(op)
         )
-        for target in self._targets[op]:
+        for target in receivers(self._graph, op):
             self._held[op, target] = output
 
     def _backward(self, action: ComputeAction) -> None:
@@ -140,9 +139,10 @@ class _Run:
             raise PlanMismatchError(
                 f"the stage returned {len(grads)} input gradients for {len(producers)} inputs"
             )
+        targets = receivers(self._graph, op)
         for producer, grad in zip(producers, grads, strict=True):
             target = producer.with_kind(OpKind.B)
-            if target not in self._targets[op]:
+            if target not in targets:
                 continue  # a frozen producer takes no gradient
             if grad is None:
                 raise PlanMismatchError(
@@ -183,18 +183,6 @@ class _Run:
             for wait in dependencies(self._graph, op)
             if wait.carries_data
         )
-
-
-def _targets_of(graph: PassGraph, rank: int) -> dict[OpKey, list[OpKey]]:
-    """For each op of `rank`, the ops anywhere that need its tensor."""
-    targets: dict[OpKey, list[OpKey]] = {
-        op: [] for op in graph.ops() if graph.rank_of(op.stage) == rank
-    }
-    for op in graph.ops():
-        for wait in dependencies(graph, op):
-            if wait.carries_data and wait.op in targets:
-                targets[wait.op].append(op)
-    return targets
 
 
 def _check_tensor(message: Message, tensor: Tensor) -> None:

@@ -51,12 +51,12 @@ class StageRunner(Protocol):
         """Add the weight gradients that the backward of `op` left out."""
 
 
-def split_backwards(plan: Plan) -> frozenset[OpKey]:
-    """The backwards of `plan` whose weight gradients are ops of their own."""
+def split_backwards(plan: Plan, rank: int | None = None) -> frozenset[OpKey]:
+    """The backwards of `plan`, or of one `rank`, whose weight gradients are ops of their own."""
     return frozenset(
         action.op.with_kind(OpKind.B)
-        for rank in plan.ranks
-        for action in rank
+        for actions in (plan.ranks if rank is None else [plan.ranks[rank]])
+        for action in actions
         if isinstance(action, ComputeAction) and action.op.kind is OpKind.W
     )
 

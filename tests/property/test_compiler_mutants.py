@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from megatron_pipeweaver.compiler.check import check_schedule
 from megatron_pipeweaver.compiler.grid import format_actions, parse_actions
 from megatron_pipeweaver.compiler.lowering import Windows
-from megatron_pipeweaver.compiler.verify import verify
 from megatron_pipeweaver.errors import PlanInvalidError
 from megatron_pipeweaver.ir.plan import (
     Action,
@@ -32,6 +31,7 @@ from megatron_pipeweaver.ir.plan import (
 )
 from megatron_pipeweaver.ir.plan_codec import plan_from_json, plan_to_json
 from megatron_pipeweaver.ir.problem import OpKind, dependencies
+from tests.unit.compiler.judge import judged as verify
 from tests.unit.compiler.samples import draw_sample
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_pipeweaver.compiler.lowering import Windows, compile_plan
-from megatron_pipeweaver.compiler.verify import verify
 from megatron_pipeweaver.config import SearchConfig
 from megatron_pipeweaver.ir.plan import PassPayload
 from megatron_pipeweaver.ir.plan_codec import fingerprint, plan_from_json, plan_to_json
 from megatron_pipeweaver.ir.problem import Problem
 from megatron_pipeweaver.search.anytime import solve
 from tests.property.problems import problems
+from tests.unit.compiler.judge import judged as verify
 
 QUICK = SearchConfig(max_rounds=3, time_budget_ns=5_000_000)
 

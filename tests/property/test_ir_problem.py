@@ -14,6 +14,7 @@ from megatron_pipeweaver.ir.problem import (
     Problem,
     Strategy,
     dependencies,
+    receivers,
 )
 
 SIZES = st.integers(0, 50)
@@ -142,3 +143,18 @@ def test_problem_files_round_trip(problem: Problem) -> None:
     assert again == problem
     assert list(again.modules) == list(problem.modules)
     assert problem_to_json(again) == data
+
+
+@given(any_problem())
+@settings(max_examples=60, deadline=None)
+def test_receivers_are_those_whose_dependencies_carry_data_read_the_other_way(
+    problem: Problem,
+) -> None:
+    graph = problem.graph
+    found = {(op, one) for op in graph.ops(split=True) for one in receivers(graph, op)}
+    assert found == {
+        (wait.op, op)
+        for op in graph.ops(split=True)
+        for wait in dependencies(graph, op)
+        if wait.carries_data
+    }

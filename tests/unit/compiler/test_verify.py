@@ -11,11 +11,11 @@ import pytest
 
 import megatron_pipeweaver
 from megatron_pipeweaver.compiler.grid import format_actions, parse_actions
-from megatron_pipeweaver.compiler.verify import verify
 from megatron_pipeweaver.errors import PlanInvalidError
 from megatron_pipeweaver.ir.plan import Plan
 from megatron_pipeweaver.ir.plan_codec import fingerprint
 from megatron_pipeweaver.ir.problem import Microbatch, Pass, Problem, Strategy
+from tests.unit.compiler.judge import judged as verify
 from tests.unit.compiler.samples import Sample, draw_sample, draw_schedule, tightened
 
 

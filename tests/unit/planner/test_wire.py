@@ -113,13 +113,13 @@ def test_a_plan_alone_is_no_message(data):
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_no_garbage_is_looked_for_while_a_plan_is_read(monkeypatch, data, enabled):
-    whole, seen = wire.plan_from_json, []
+    whole, seen = wire.read_plan, []
 
     def read(*args):
         seen.append(gc.isenabled())
         return whole(*args)
 
-    monkeypatch.setattr(wire, "plan_from_json", read)
+    monkeypatch.setattr(wire, "read_plan", read)
     try:
         if not enabled:
             gc.disable()

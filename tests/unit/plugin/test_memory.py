@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_pipeweaver.compiler.verify import verify
 from megatron_pipeweaver.config import SearchConfig
 from megatron_pipeweaver.ir.batch import BatchMetadata, Item, MicrobatchMetadata
-from megatron_pipeweaver.ir.plan import ComputeAction, Plan, PlanPass, peak_memory_bytes
+from megatron_pipeweaver.ir.plan import ComputeAction, Plan, PlanPass
 from megatron_pipeweaver.ir.problem import OpKey, PassKey
 from megatron_pipeweaver.ir.strategy import LayerStrategy, layer_strategies
 from megatron_pipeweaver.models.options import ModelOptions
@@ -118,7 +119,7 @@ def test_peaks_of_an_iteration_are_as_planned(groups, name, split):
     images = tuple(rng.choice([0, 1, 1, 2, 3]) for _ in range(5))
     microbatches = [microbatch(count, seed) for seed, count in enumerate(images)]
     loose = planned(images, 1 << 40, split, STRATEGIES[name])
-    tight = planned(images, max(peak_memory_bytes(loose)) * 2 // 3, split, STRATEGIES[name])
+    tight = planned(images, max(verify(loose).peak_memory_bytes) * 2 // 3, split, STRATEGIES[name])
     for plan in (loose, tight):
         ranks = Ranks(
             CASE,
@@ -128,7 +129,7 @@ def test_peaks_of_an_iteration_are_as_planned(groups, name, split):
             gauge=lambda chunks: TensorGauge(one for chunk in chunks for one in chunk.parameters()),
         )
         run_all(plan, ranks.stages)
-        for gauge, peak in zip(ranks.gauges, peak_memory_bytes(plan), strict=True):
+        for gauge, peak in zip(ranks.gauges, verify(plan).peak_memory_bytes, strict=True):
             assert gauge.peak_bytes <= peak * (1 + CLOSE)
             # Between a split backward and its W less is held than is planned for.
             assert gauge.peak_bytes >= peak * (1 - CLOSE) * (0.6 if split_backwards(plan) else 1)
@@ -185,7 +186,7 @@ def test_offloaded_layers_train_as_kept_ones_in_as_much_host_memory_as_emulated(
     kept = planned(images, 1 << 40, False, (LayerStrategy.KEEP,), deterministic=True)
     moved = planned(
         images,
-        max(peak_memory_bytes(kept)) // 2,
+        max(verify(kept).peak_memory_bytes) // 2,
         False,
         (LayerStrategy.KEEP, LayerStrategy.OFFLOAD),
         deterministic=True,
