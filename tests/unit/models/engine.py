@@ -1,10 +1,12 @@
 """Transformer Engine on a CPU: the real one over played kernels, or else a stand-in for it.
 
-The stand-in has its linears as Megatron's classes build on them. It mirrors what 2.20 promises of weight gradients that are put off, in plain torch and fp64: which
-attributes a module has, what its backward returns then, what ``backward_dw`` writes where, and
-what the first microbatch of an iteration does to ``main_grad``. Imported as a pytest plugin (``-p
-tests.unit.models.engine``), this module is ``transformer_engine`` for all that is imported after
-it, and Apex's kernels are there. Tensor parallelism, fp8 and kernels are not in it.
+The stand-in has its linears as Megatron's classes build on them. It mirrors what 2.20 promises of
+weight gradients that are put off, in plain torch and fp64: which attributes a module has, what its
+backward returns then, what ``backward_dw`` writes where, and what the first microbatch of an
+iteration does to ``main_grad``. Tensor parallelism, fp8 and kernels are not in it.
+
+Imported as a pytest plugin (``-p tests.unit.models.engine``), this module sees to it that whatever
+is imported afterwards finds one of the two, and Apex's kernels.
 """
 
 from __future__ import annotations
