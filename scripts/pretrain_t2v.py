@@ -50,7 +50,7 @@ def clip_options(args: argparse.Namespace, seed: int) -> ClipOptions:
 
 def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Any, Any]:
     """Megatron's forward step: one microbatch through one chunk, or through the whole model."""
-    return model(on_device(next(data_iterator))), loss_of_patches
+    return model(on_device(next(data_iterator), but=("clips", "noise"))), loss_of_patches
 
 
 def loss_of_patches(

@@ -96,7 +96,7 @@ def sample_options(args: argparse.Namespace, seed: int) -> SampleOptions:
 
 def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Any, Any]:
     """Megatron's forward step: one microbatch through one chunk, or through the whole model."""
-    batch = on_device(next(data_iterator))
+    batch = on_device(next(data_iterator), but=("images",))
     return model(batch), partial(loss_of_tokens, batch)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +74,21 @@ def train(
     return 0
 
 
-def on_device(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The microbatch's tensors, one per item or one for all, on this rank's device."""
-    return {
-        name: (
-            one.cuda(non_blocking=True)
-            if isinstance(one, torch.Tensor)
-            else tuple(each.cuda(non_blocking=True) for each in one)
-        )
-        for name, one in batch.items()
-    }
+def on_device(batch: Mapping[str, Any], but: Collection[str] = ()) -> dict[str, Any]:
+    """The microbatch's tensors, one per item or one for all, on this rank's device.
+
+    Args:
+        batch: the microbatch.
+        but: what stays where it is, to be taken from there by the few passes that work on it, each
+            on a part: every pass of a microbatch comes by here.
+    """
+    return {name: one if name in but else _moved(one) for name, one in batch.items()}
+
+
+def _moved(tensors: Any) -> Any:
+    if isinstance(tensors, torch.Tensor):
+        return tensors.cuda(non_blocking=True)
+    return tuple(one.cuda(non_blocking=True) for one in tensors)
 
 
 def summed_loss(

@@ -204,7 +204,8 @@ class DiffusionEmbedding(torch.nn.Module):
         if features:
             rows.append(self._text(items_in_a_row(features)))
         weight = self.patches.weight
-        noised = torch.cat([in_patches(one, self._module) for one in noised_clips(batch)])
+        clips_CTYX = noised_clips(batch, weight.device)
+        noised = torch.cat([in_patches(one, self._module) for one in clips_CTYX])
         places = sinusoids(patch_places(clips.sizes, weight.device), weight.shape[0])
         rows.append(self.patches(noised.to(weight.dtype)) + places.to(weight.dtype))
         return torch.cat(rows)[:, None]
@@ -278,23 +279,28 @@ def in_patches(clip_CTYX: Tensor, module: ModuleSpec) -> Tensor:
     return cut.permute(1, 2, 4, 0, 3, 5).reshape(-1, patch_values(module))
 
 
-def noised_clips(batch: Mapping[str, Any]) -> list[Tensor]:
-    """``(1 - t) * clip + t * noise`` of every clip; the clips as they are without noise."""
-    clips: Sequence[Tensor] = batch["clips"]
+def noised_clips(batch: Mapping[str, Any], device: torch.device) -> list[Tensor]:
+    """``(1 - t) * clip + t * noise`` of every clip; the clips as they are without noise.
+
+    Clips and noise may be on the host, where they are left: two stages of a pass work on them.
+    """
+    clips = [one.to(device) for one in batch["clips"]]
     noise: Sequence[Tensor] | None = batch.get("noise")
     if noise is None:
-        return list(clips)
+        return clips
     times: Tensor = batch["timesteps"]
     return [
-        torch.lerp(clip, one, time) for clip, one, time in zip(clips, noise, times, strict=True)
+        torch.lerp(clip, one.to(device), time)
+        for clip, one, time in zip(clips, noise, times, strict=True)
     ]
 
 
 def velocity_loss(velocity_SP: Tensor, batch: Mapping[str, Any], module: ModuleSpec) -> Tensor:
     """Mean squared error of each patch's velocity, [S], in single precision at least."""
+    device = velocity_SP.device
     target_SP = torch.cat(
         [
-            in_patches(noise - clip, module)
+            in_patches(noise.to(device) - clip.to(device), module)
             for clip, noise in zip(batch["clips"], batch["noise"], strict=True)
         ]
     )

@@ -143,10 +143,11 @@ class PatchEmbedding(torch.nn.Conv2d):
         )
 
     def forward(self, images: Sequence[Tensor], rows: PatchRows) -> Tensor:  # type: ignore[override]
-        """Images [C, Y, X], whose patches stand as `rows` says, to [S, B, H]."""
+        """Images [C, Y, X], on any device, whose patches stand as `rows` says, to [S, B, H]."""
         size_H, _, *patch = self.weight.shape
         still_HCYX = self.weight.view(size_H, images[0].shape[0], -1, *patch).sum(2)
-        return functional.linear(rows.pixels(images).to(still_HCYX.dtype), still_HCYX.flatten(1))
+        pixels = rows.pixels([one.to(still_HCYX) for one in images])
+        return functional.linear(pixels, still_HCYX.flatten(1))
 
 
 def fold_patches(hidden_SBH: Tensor, patches_per_token: int) -> Tensor:

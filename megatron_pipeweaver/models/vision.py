@@ -74,7 +74,7 @@ class VisionChunk(ModelChunk):
     ) -> Tensor:
         """Layers whose patches know their place by learned positions; images have one size."""
         if self.place.is_first:
-            images_BCYX = self._images(batch, items).to(self._model.conv1.weight.dtype)
+            images_BCYX = self._images(batch, items).to(self._model.conv1.weight)
             hidden_SBH = self._model(images_BCYX).permute(1, 0, 2).contiguous()
         else:
             hidden_SBH = run_block(self._model.decoder, self.only_input(inputs))
@@ -98,7 +98,7 @@ class VisionChunk(ModelChunk):
         return rows.fold(output) if self._folded > 1 else output
 
     def _images(self, batch: Mapping[str, Any], items: slice) -> Any:
-        """The pass's images: [B, C, Y, X], or one [C, Y, X] each."""
+        """The pass's images: [B, C, Y, X], or one [C, Y, X] each, on the host or the device."""
         if batch.get(self._key) is None:
             raise ConfigError(
                 f"chunk {self.place.module}{self.place.stage}: the microbatch has no "

@@ -109,6 +109,27 @@ def test_folded_patches_fill_fewer_positions(groups):
     assert not torch.allclose(changed[1], losses[1])
 
 
+class OnTheHost:
+    """Images that cannot be moved as a whole."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __getitem__(self, items):
+        return self.images[items]
+
+
+def test_a_pass_takes_its_own_images_to_the_device_alone(model):
+    images = batch(5)["images"]
+    first = model.stages("vision")[0]
+    found = []
+    for one in (images, OnTheHost(images)):
+        first.set_pass(one_pass("vision", 1, 3))
+        found.append(first({"images": one}))
+    assert found[0].shape[1] == 2
+    assert torch.equal(*found)
+
+
 def test_patches_attend_to_later_patches(model):
     vision = model.stages("vision")[0]
     images = batch(1)["images"]
