@@ -1,11 +1,11 @@
-"""Chunks of real layers: built, run under a memory strategy, timed, weighed.
+"""Chunks of real layers alone, and the sizes at which they are run.
 
 They are the layers that are trained (`models.strategy`): megatron-core's own for ViT and language
 model, megatron-core's attention and MLP between modulated norms for the diffusion model.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import build_module
 
+from benchmarks.semu_accuracy.work import Chunk, Pass, Size
 from megatron_pipeweaver.ir.lmm import LayerOptions, Modulation, ModuleKind, ModuleSpec
 from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.models.diffusion_layer import diffusion_layer_spec
@@ -28,11 +29,9 @@ from megatron_pipeweaver.models.specs import vision_layer_spec
 from megatron_pipeweaver.models.strategy import StrategyLayer
 from megatron_pipeweaver.plugin.cpu import cpu_patches
 from megatron_pipeweaver.plugin.patching import PatchSet
-from megatron_pipeweaver.runtime.activations import ActivationMeter
 from megatron_pipeweaver.runtime.offload import HostOffload
 from megatron_pipeweaver.semu.architecture import LayerSpec, layer_spec
 from megatron_pipeweaver.semu.interface import Load, StageShape
-from megatron_pipeweaver.semu.probes import Clock
 
 LAYERS = 2
 CONTEXT = 64
@@ -48,8 +47,6 @@ _HERE = (
 )
 STRATEGIES = {"cpu": _HERE, "cuda": (*_HERE, LayerStrategy.OFFLOAD)}
 """On a CPU, host and device are one memory, and one thread does not copy beside its work."""
-Size = tuple[int, int]
-"""Sequence and batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,13 +117,12 @@ CASES = {
         ),
     ),
 }
-MIDDLE = StageShape(layers=LAYERS, is_first=False, is_last=False)
 
 
-def load_of(case: ChunkCase, size: Size) -> Load:
-    """What a chunk of `case` works on at `size`."""
+def load_of(module: ModuleSpec, size: Size) -> Load:
+    """What layers of `module` work on at `size`."""
     sequence, batch = size
-    crosses = case.module.layer.context_size is not None
+    crosses = module.layer.context_size is not None
     return Load(
         sequence=sequence,
         batch=batch,
@@ -194,108 +190,54 @@ def build_layers(module: ModuleSpec, device: str) -> list[StrategyLayer]:
     return [layer.train().to(device=device, dtype=dtype) for layer in layers]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weight:
-    """Bytes of one forward and backward: kept in between, and the most that was allocated.
+class LayersChunk(Chunk):
+    """Layers of the middle of a module, which calibration is given as well."""
 
-    `peak_bytes` is `None` where there is no allocator to ask.
-    """
-
-    held_bytes: int
-    peak_bytes: int | None
-
-
-class Chunk:
-    """Real layers of one case, at any size under any strategy."""
+    stage = StageShape(layers=LAYERS, is_first=False, is_last=False)
 
     def __init__(self, case: ChunkCase, device: str) -> None:
-        self.case = case
-        self._device = device
-        self._dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        super().__init__(device)
+        self.module = case.module
+        self.name = f"{case.module.name} layers"
         self._spec = layer_spec(case.module)
         self._layers = build_layers(case.module, device)
-        self._stream = torch.cuda.Stream() if device == "cuda" else None
 
-    def _random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=self._device, dtype=self._dtype)
+    def load(self, size: Size) -> Load:
+        """What SEMU is told of the work at `size`."""
+        return load_of(self.module, size)
 
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
+    def parameters(self, size: Size) -> Iterator[torch.nn.Parameter]:
         """Those of all layers."""
         for layer in self._layers:
             yield from layer.parameters()
 
-    def made(
-        self, size: Size, strategy: LayerStrategy, offload: HostOffload | None = None
-    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor], tuple[torch.Tensor, ...]]:
-        """The chunk's input at `size`, its forward, and what that reads of other modules."""
+    def made(self, size: Size, strategy: LayerStrategy, offload: HostOffload | None = None) -> Pass:
+        """A forward at `size`: hidden states in, hidden states out."""
         sequence, batch = size
-        spec, device = self._spec, torch.device(self._device)
-        hidden = self._random(sequence, batch, spec.hidden_size).requires_grad_(True)
-        mask = torch.ones(1, 1, sequence, sequence, dtype=torch.bool, device=device).triu(1)
-        more: dict[str, object] = {"attention_mask": mask if spec.causal else None}
-        given = [mask]
+        spec, device = self._spec, torch.device(self.device)
+        hidden = self.random(sequence, batch, spec.hidden_size).requires_grad_(True)
+        more: dict[str, object] = {"attention_mask": None}
+        given: list[torch.Tensor] = []
+        if spec.causal:
+            mask = torch.ones(1, 1, sequence, sequence, dtype=torch.bool, device=device).triu(1)
+            more["attention_mask"] = mask
+            given.append(mask)
         if spec.rotary:
             more["rotary_pos_emb"] = torch.randn(sequence, 1, 1, spec.head_size, device=device)
         if spec.modulation is not None:
             rows = spec.modulation.time_tokens + CONTEXT
-            given.append(self._random(rows, 1, spec.context_size or 1))
+            given.append(self.random(rows, 1, spec.context_size or 1))
             more["context"] = given[-1]
             more["packed_seq_params"] = packed_sequences([sequence], device, [CONTEXT])
 
-        def forward(states: torch.Tensor) -> torch.Tensor:
+        def run() -> torch.Tensor:
+            states = hidden
             for layer in self._layers:
                 layer.strategy, layer.saver = strategy, offload
                 states, _ = layer(states, **more)
             return states
 
-        return hidden, forward, tuple(given)
-
-    def time_ns(self, size: Size, strategy: LayerStrategy, clock: Clock) -> tuple[int, int]:
-        """Forward and backward, once."""
-        offload = HostOffload(self._stream)
-        hidden, forward, _ = self.made(size, strategy, offload)
-        gradient = torch.randn_like(hidden)
-        start = clock.now_ns()
-        output = forward(hidden)
-        middle = clock.now_ns()
-        offload.prefetch()
-        output.backward(gradient)
-        offload.finish()
-        return middle - start, clock.now_ns() - middle
-
-    def weigh(self, size: Size, strategy: LayerStrategy) -> Weight:
-        """What is kept from the forward to the backward, and the peak of both."""
-        if self._device == "cpu":
-            return Weight(held_bytes=self._saved_bytes(size, strategy), peak_bytes=None)
-        offload = HostOffload(self._stream)
-        hidden, forward, _ = self.made(size, strategy, offload)
-        gradient = torch.randn_like(hidden)
-        warm, run, _ = self.made(size, LayerStrategy.KEEP)
-        run(warm).backward(gradient)  # so that weights have their gradients
-        del warm, run
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        output = forward(hidden)
-        torch.cuda.synchronize()
-        held = torch.cuda.memory_allocated() - before
-        offload.prefetch()
-        output.backward(gradient)
-        offload.finish()
-        peak = torch.cuda.max_memory_allocated() - before
-        # The chunk's input, which its first layer keeps, was there before.
-        own = 0 if strategy is LayerStrategy.OFFLOAD else hidden.nbytes
-        return Weight(held_bytes=held - output.nbytes + own, peak_bytes=peak + own)
-
-    def _saved_bytes(self, size: Size, strategy: LayerStrategy) -> int:
-        """Bytes that autograd keeps, parameters and what other modules hold apart."""
-        hidden, forward, given = self.made(size, strategy)
-        meter = ActivationMeter([*self.parameters(), *given])
-        with meter.recording():
-            output = forward(hidden)
-        held = meter.held_bytes
-        output.sum().backward()
-        return held
+        return Pass(run=run, owned=(hidden,), given=tuple(given))
 
 
 def cases(device: str, *, small: bool) -> tuple[ChunkCase, ...]:

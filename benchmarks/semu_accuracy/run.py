@@ -22,17 +22,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.semu_accuracy.chunks import (
-    LAYERS,
-    MIDDLE,
-    STRATEGIES,
-    Chunk,
-    ChunkCase,
-    Size,
-    cases,
-    load_of,
-    one_rank,
-)
+from benchmarks.semu_accuracy.chunks import LAYERS, STRATEGIES, LayersChunk, cases, one_rank
+from benchmarks.semu_accuracy.whole import whole_chunks
+from benchmarks.semu_accuracy.work import Chunk, Size, Weight
 from megatron_pipeweaver.errors import PipeWeaverError
 from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.semu.calibration import LayerSample, calibrate, with_layer_times
@@ -40,6 +32,7 @@ from megatron_pipeweaver.semu.devices import load_device
 from megatron_pipeweaver.semu.model import AnalyticCostModel
 from megatron_pipeweaver.semu.options import RunOptions
 from megatron_pipeweaver.semu.probes import ProbeRounds
+from megatron_pipeweaver.semu.stage_costs import StageCosts, StagePart
 
 KEEP_FREED_MEMORY = {
     # glibc would hand freed activations back to the system, and fault them in again.
@@ -64,14 +57,35 @@ class Timed:
     forward: list[int] = field(default_factory=list)
     backward: list[int] = field(default_factory=list)
 
-    @property
-    def case(self) -> ChunkCase:
-        """What the chunk is made of."""
-        return self.chunk.case
-
     def both_ns(self) -> float:
         """Median of forward plus backward."""
         return statistics.median(map(sum, zip(self.forward, self.backward, strict=True)))
+
+    def costs(self, model: AnalyticCostModel) -> StageCosts:
+        """What SEMU says of the stage pair."""
+        chunk = self.chunk
+        load = chunk.load(self.size)
+        return model.layer_strategies(chunk.module, chunk.stage, load, (self.strategy,))
+
+    def predicted_ns(self, model: AnalyticCostModel) -> tuple[int, int]:
+        """Emulated forward and backward."""
+        one = self.costs(model).uniform(self.strategy)
+        return one.forward_ns, one.backward_ns + one.weight_grad_ns
+
+    def predicted_bytes(self, model: AnalyticCostModel) -> Weight:
+        """Emulated bytes that are kept, and those with the most that is worked with."""
+        costs = self.costs(model)
+        parts = [(one.costs[self._of(one)], one.copies) for one in costs.parts]
+        held = sum(copies * cost.held_bytes for cost, copies in parts)
+        # Context comes from another module, if not from what the stage itself embeds.
+        held += costs.context_bytes if self.chunk.stage.is_first else 0
+        working = AnalyticCostModel(
+            model.profile, model.options, reuse=model.reuse, strategies=(self.strategy,)
+        ).working_bytes(self.chunk.module, self.chunk.stage, self.chunk.load(self.size))
+        return Weight(held_bytes=held, peak_bytes=held + working)
+
+    def _of(self, part: StagePart) -> LayerStrategy:
+        return self.strategy if part.is_layer else LayerStrategy.KEEP
 
 
 def options_of(device: str) -> RunOptions:
@@ -82,24 +96,6 @@ def options_of(device: str) -> RunOptions:
     normed = torch.nn.functional.rms_norm(row, (8,), torch.ones_like(row))
     fused = "Fused" in type(normed.grad_fn).__name__
     return replace(RunOptions.unfused(element_bytes=2), mask_bytes=1, fused_norm=fused)
-
-
-def predicted_ns(
-    costs: AnalyticCostModel, case: ChunkCase, size: Size, strategy: LayerStrategy
-) -> tuple[int, int]:
-    """Emulated forward and backward of a chunk."""
-    layers = costs.layer_strategies(case.module, MIDDLE, load_of(case, size), (strategy,))
-    one = layers.uniform(strategy)
-    return one.forward_ns, one.backward_ns + one.weight_grad_ns
-
-
-def predicted_bytes(
-    costs: AnalyticCostModel, case: ChunkCase, size: Size, strategy: LayerStrategy
-) -> tuple[int, int]:
-    """Emulated bytes that a chunk keeps, and those with the most that it works with."""
-    layers = costs.layer_strategies(case.module, MIDDLE, load_of(case, size), (strategy,)).layers
-    held = sum(layer[strategy].held_bytes for layer in layers)
-    return held, held + max(layer[strategy].working_bytes for layer in layers)
 
 
 def timed_rounds(rounds: int, probes: ProbeRounds, chunks: Sequence[Timed]) -> None:
@@ -135,7 +131,7 @@ def layer_samples(costs: AnalyticCostModel, seen: Sequence[Timed]) -> list[Layer
             backward_ns=round(statistics.median(one.backward)),
         )
         for one in seen
-        for forward, backward in [predicted_ns(costs, one.case, one.size, LayerStrategy.KEEP)]
+        for forward, backward in [one.predicted_ns(costs)]
     ]
 
 
@@ -163,15 +159,20 @@ def report(arguments: argparse.Namespace) -> str:
         "",
     ]
     with one_rank(device):
-        chosen = cases(device, small=arguments.small)
         probes = ProbeRounds(device, sizes, options=options)
-        made = [Chunk(case, device) for case in chosen]
-        seen = [Timed(chunk, size) for chunk in made for size in chunk.case.seen]
+        layers = [
+            (LayersChunk(case, device), case) for case in cases(device, small=arguments.small)
+        ]
+        seen = [Timed(chunk, size) for chunk, case in layers for size in case.seen]
+        compared = [
+            *((chunk, case.held_out) for chunk, case in layers),
+            *whole_chunks(device, small=arguments.small),
+        ]
         held_out = [
             Timed(chunk, size, strategy)
             for strategy in STRATEGIES[device]
-            for chunk in made
-            for size in chunk.case.held_out
+            for chunk, sizes_of_chunk in compared
+            for size in sizes_of_chunk
         ]
         timed_rounds(arguments.repeats, probes, [*seen, *held_out])
         fitted = calibrate(probes.samples(), plain)
@@ -190,63 +191,82 @@ def report(arguments: argparse.Namespace) -> str:
 
 def time_lines(costs: AnalyticCostModel, held_out: Sequence[Timed]) -> list[str]:
     rows = []
-    errors: dict[LayerStrategy, dict[str, list[float]]] = {}
+    errors: dict[tuple[LayerStrategy, str], list[float]] = {}
     for one in held_out:
-        strategy, name = one.strategy, one.case.module.name
-        predicted, measured = sum(predicted_ns(costs, one.case, one.size, strategy)), one.both_ns()
-        error = predicted / measured - 1
-        errors.setdefault(strategy, {}).setdefault(name, []).append(error)
-        rows.append(
+        predicted, measured = one.predicted_ns(costs), one.both_ns()
+        error = sum(predicted) / measured - 1
+        errors.setdefault((one.strategy, one.chunk.name), []).append(error)
+        sides = [
+            f"{ns / statistics.median(times) - 1:+.1%}"
+            for ns, times in zip(predicted, (one.forward, one.backward), strict=True)
+        ]
+        times = [f"{measured / 1e6:.2f}", f"{sum(predicted) / 1e6:.2f}", f"{error:+.1%}"]
+        rows.append([*_names(one), *times, *sides])
+    names = list(dict.fromkeys(name for _, name in errors))
+    summary = [
+        [strategy.value, *(accuracy(errors[strategy, name]) for name in names)]
+        for strategy in dict.fromkeys(strategy for strategy, _ in errors)
+    ]
+
+    def mean(*words: str) -> str:
+        return accuracy(
             [
-                strategy.value,
-                name,
-                f"{one.size[0]} x {one.size[1]}",
-                f"{measured / 1e6:.2f}",
-                f"{predicted / 1e6:.2f}",
-                f"{error:+.1%}",
+                error
+                for (_, name), some in errors.items()
+                if all(word in name for word in words)
+                for error in some
             ]
         )
-    lines = table("strategy,chunk,sequence x batch,measured ms,predicted ms,error", rows)
-    for strategy, by_name in errors.items():
-        for name, some in by_name.items():
-            lines.append(f"- time, {strategy}, {name}: {accuracy(some)}")
-    kept = errors[LayerStrategy.KEEP]
-    pairs = [*kept["vision"], *kept["language"]]
-    everything = [
-        error for by_name in errors.values() for some in by_name.values() for error in some
+
+    pairs = [
+        error
+        for (strategy, name), some in errors.items()
+        if strategy is LayerStrategy.KEEP and name in ("whole vision", "whole language")
+        for error in some
     ]
     return [
-        *lines,
-        f"- **time, ViT and LM chunks, everything kept: {accuracy(pairs)}**",
-        f"- time, all chunks and strategies: {accuracy(everything)}",
+        *table(
+            "strategy,chunk,sequence x batch,measured ms,predicted ms,error,forward,backward", rows
+        ),
+        *table(",".join(["time by strategy", *names]), summary),
+        f"- **time, whole ViT and LM chunks, everything kept: {accuracy(pairs)}**",
+        f"- time, whole ViT chunks, every strategy: {mean('whole vision')}",
+        f"- time, whole LM chunks, every strategy: {mean('whole language')}",
+        f"- time, whole DiT chunks, every strategy: {mean('whole diffusion')}",
+        f"- time, layers alone, every strategy: {mean('layers')}",
+        f"- time, all chunks and strategies: {mean()}",
         "",
     ]
 
 
+def _names(one: Timed) -> list[str]:
+    return [one.strategy.value, one.chunk.name, f"{one.size[0]} x {one.size[1]}"]
+
+
 def memory_lines(costs: AnalyticCostModel, held_out: Sequence[Timed]) -> list[str]:
-    rows, errors = [], []
+    rows = []
+    kept_errors, peak_errors = [], []
     for one in held_out:
-        held, peak = predicted_bytes(costs, one.case, one.size, one.strategy)
-        found = one.chunk.weigh(one.size, one.strategy)
-        what, measured, predicted = (
-            ("kept", found.held_bytes, held)
-            if found.peak_bytes is None
-            else ("peak", found.peak_bytes, peak)
-        )
-        errors.append(predicted / measured - 1)
+        predicted, measured = one.predicted_bytes(costs), one.chunk.weigh(one.size, one.strategy)
+        kept = predicted.held_bytes / measured.held_bytes - 1
+        peak = predicted.peak_bytes / measured.peak_bytes - 1
+        kept_errors.append(kept)
+        peak_errors.append(peak)
         rows.append(
             [
-                one.strategy.value,
-                one.case.module.name,
-                f"{one.size[0]} x {one.size[1]}",
-                what,
-                f"{measured / MIB:.2f}",
-                f"{predicted / MIB:.2f}",
-                f"{errors[-1]:+.1%}",
+                *_names(one),
+                *(f"{size / MIB:.2f}" for size in (measured.held_bytes, predicted.held_bytes)),
+                f"{kept:+.1%}",
+                *(f"{size / MIB:.2f}" for size in (measured.peak_bytes, predicted.peak_bytes)),
+                f"{peak:+.1%}",
             ]
         )
-    header = "strategy,chunk,sequence x batch,memory,measured MiB,predicted MiB,error"
-    return [*table(header, rows), f"- **memory: {accuracy(errors)}**"]
+    header = "strategy,chunk,sequence x batch,kept MiB,predicted,error,peak MiB,predicted,error"
+    return [
+        *table(header, rows),
+        f"- memory kept: {accuracy(kept_errors)}",
+        f"- **peak memory: {accuracy(peak_errors)}**",
+    ]
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ from megatron_pipeweaver.semu.operators import (
     leave_tensor_parallel,
     linear,
     shard,
+    weight_grad_bytes,
 )
 from megatron_pipeweaver.semu.work import NO_WORK, Operator, OperatorClass, Queue, Work
 
@@ -115,6 +116,8 @@ def _grouped_linear(
                 memory_bytes=sketch.bytes_of(source, output) + accumulated,
                 shape=(width_out, width_in, each),
                 count=groups,
+                # One expert after another.
+                scratch_bytes=weight_grad_bytes(sketch, weight) // groups,
             ),
         )
     )

@@ -63,7 +63,9 @@ def _residual(sketch: Sketch, name: str, branch: str, hidden: str) -> str:
     makes: tuple[str, ...] = ()
     if sketch.options.dropout:
         makes = (sketch.tensor(f"{name}.dropout_mask", elements, sketch.options.mask_bytes),)
-    return elementwise(sketch, name, (branch, hidden), elements, makes=makes)
+    # Both gradients are the sum's own, that of the branch unless it goes through dropout.
+    back = (hidden,) if makes else (branch, hidden)
+    return elementwise(sketch, name, (branch, hidden), elements, makes=makes, hands_back=back)
 
 
 def _modulation_parameters(sketch: Sketch, spec: LayerSpec, load: Load) -> None:

@@ -99,15 +99,23 @@ class AnalyticCostModel:
         return 0 if work == NO_WORK else self._costs.work_ns(work, kind, queue)
 
     def working_bytes(self, module: ModuleSpec, stage: StageShape, load: Load) -> int:
-        """Device memory that a stage needs for a while, beyond what its strategies hold."""
-        return max(
-            (
-                self.part_cost(part, strategy).working_bytes
-                for part in stage_parts(module, stage, load)
-                for strategy in (self.strategies if part.is_layer else DEFAULT_STRATEGIES[:1])
-            ),
-            default=0,
-        )
+        """Device memory that a stage needs for a while, beyond what its strategies hold.
+
+        While layers work, what stands behind them (projector, head) is yet to come, or is done;
+        the gradient that came into the stage is held to the end.
+        """
+        parts = stage_parts(module, stage, load)
+        most = behind = 0
+        came = self._graph(parts[-1]).output_bytes if parts else 0
+        for number, part in enumerate(reversed(parts)):
+            strategies = self.strategies if part.is_layer else DEFAULT_STRATEGIES[:1]
+            costs = [self.part_cost(part, strategy) for strategy in strategies]
+            working = max(one.working_bytes for one in costs) - behind
+            # Of equal layers in a row, the last one works on what came in; another one's is done.
+            done = min(one.held_bytes for one in costs) if part.copies > 1 else came
+            most = max(most, working + (came if number else max(0, came - done)))
+            behind += 0 if part.is_layer else part.copies * costs[0].held_bytes
+        return most
 
     def exposed_ns(
         self, module: ModuleSpec, stage: StageShape, load: Load, strategy: str, *, backward: bool

@@ -78,6 +78,11 @@ class Sketch:
         )
 
 
+def weight_grad_bytes(sketch: Sketch, weight: str) -> int:
+    """What a gradient takes until it is added to the weight's buffer."""
+    return 0 if sketch.options.fused_linear else sketch.bytes_of(weight)
+
+
 def linear(
     sketch: Sketch,
     name: str,
@@ -91,14 +96,18 @@ def linear(
     keeps: str | None = None,
     owns_weight: bool = True,
 ) -> str:
-    """``[rows, width_in] x [width_in, width_out]``; keeps its input, or the tensor `keeps`."""
+    """``[rows, width_in] x [width_in, width_out]``; keeps its input, or the tensor `keeps`.
+
+    Where linears are not fused, the bias is added by an operator of its own, ``name:bias``.
+    """
     weight = sketch.tensor(
         f"{name}.weight", width_in * width_out, parameter=owns_weight, external=not owns_weight
     )
     parameters: tuple[str, ...] = (weight,)
+    apart = bias and not sketch.options.fused_linear
     if bias:
         parameters += (sketch.tensor(f"{name}.bias", width_out, parameter=True),)
-    output = sketch.tensor(f"{name}.out", rows * width_out)
+    output = sketch.tensor(f"{name}.product" if apart else f"{name}.out", rows * width_out)
     flops = 2 * rows * width_in * width_out
     size = sketch.options.element_bytes
     moved = size * (rows * width_in + width_in * width_out + rows * width_out)
@@ -107,7 +116,7 @@ def linear(
         Operator(
             name=name,
             kind=OperatorClass.MATMUL,
-            inputs=(source, *parameters),
+            inputs=(source, *parameters[: 1 if apart else 2]),
             outputs=(output,),
             saves=(keeps or source, weight),
             forward=Work(flops=flops, memory_bytes=moved, shape=(rows, width_out, width_in)),
@@ -120,7 +129,26 @@ def linear(
                 flops=flops,
                 memory_bytes=size * rows * (width_in + width_out) + accumulated,
                 shape=(width_out, width_in, rows),
+                scratch_bytes=weight_grad_bytes(sketch, weight),
             ),
+        )
+    )
+    return _biased(sketch, name, output, parameters[-1]) if apart else output
+
+
+def _biased(sketch: Sketch, name: str, product: str, bias: str) -> str:
+    """The sum of a linear's product and its bias, whose gradient adds up the rows."""
+    output = sketch.tensor(f"{name}.out", sketch.elements(product))
+    size_bytes = sketch.bytes_of(product)
+    sketch.operators.append(
+        Operator(
+            name=f"{name}:bias",
+            kind=OperatorClass.ELEMENTWISE,
+            inputs=(product, bias),
+            outputs=(output,),
+            forward=Work(memory_bytes=2 * size_bytes),
+            weight_grad=Work(memory_bytes=size_bytes),
+            hands_back=(product,),
         )
     )
     return output
@@ -191,6 +219,7 @@ def elementwise(
     backward: bool = True,
     kind: OperatorClass = OperatorClass.ELEMENTWISE,
     apart: Apart | None = None,
+    hands_back: tuple[str, ...] = (),
 ) -> str:
     """Any operator that reads its sources once and writes `elements`.
 
@@ -216,6 +245,7 @@ def elementwise(
             saves=kept,
             forward=forward,
             input_grad=input_grad if backward else NO_WORK,
+            hands_back=hands_back,
         )
     )
     return output

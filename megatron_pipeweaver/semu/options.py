@@ -25,7 +25,8 @@ class RunOptions:
     `element_bytes` is that of weights and activations, `gradient_bytes` that of the gradient
     accumulation buffer, `mask_bytes` that of a dropout mask (the CPU keeps activations' type).
     `fused_norm`, `fused_activation` and `fused_rotary` say that an RMS norm and a gated activation
-    keep their input alone, and rotary positions nothing (Transformer Engine, Apex, CUDA kernels).
+    keep their input alone, and rotary positions nothing (Transformer Engine, Apex, CUDA kernels);
+    `fused_linear` that matmuls add biases, and weight gradients to their buffers, themselves.
     """
 
     parallel: ParallelSizes = field(default_factory=lambda: ParallelSizes(pipeline=1))
@@ -35,6 +36,7 @@ class RunOptions:
     fused_norm: bool = True
     fused_activation: bool = True
     fused_rotary: bool = True
+    fused_linear: bool = True
     dropout: bool = False
     mask_bytes: int = 1
 
@@ -53,6 +55,7 @@ class RunOptions:
             fused_norm=False,
             fused_activation=False,
             fused_rotary=False,
+            fused_linear=False,
             dropout=dropout,
             mask_bytes=element_bytes,
         )

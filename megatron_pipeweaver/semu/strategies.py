@@ -24,7 +24,7 @@ class Recomputed:
 
 
 _NORMS = frozenset({"norm1", "norm2", "norm_cross"})
-_ACTIVATIONS = frozenset({"activation", "expert_activation", "weigh"})
+_ACTIVATIONS = frozenset({"activation", "fc1:bias", "expert_activation", "weigh"})
 _SELF_ATTENTION, _CROSS_ATTENTION = (
     frozenset(
         {f"{prefix}attention{part}" for part in ("", "_ring", "_scores", "_softmax", "_context")}
@@ -81,7 +81,7 @@ def recomputed(strategy: LayerStrategy, graph: Subgraph) -> Recomputed:
 
 def _steps(names: frozenset[str], chosen: frozenset[str]) -> frozenset[str]:
     """Those of `names` that are `chosen` or steps of a chosen operator, called ``name:step``."""
-    return frozenset(name for name in names if name.partition(":")[0] in chosen)
+    return frozenset(name for name in names if {name, name.partition(":")[0]} & chosen)
 
 
 def weight_grads_apart(strategy: LayerStrategy, graph: Subgraph) -> frozenset[str]:

@@ -7,12 +7,12 @@ behind the other. Parameters, their gradients and tensors of other subgraphs tak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from megatron_pipeweaver.semu.graph import Device, Graph, Memory, OperatorNode, Store, TensorNode
 from megatron_pipeweaver.semu.strategies import Recomputed, held_tensors
-from megatron_pipeweaver.semu.work import NO_WORK, Operator, OperatorClass, Phase, Subgraph
+from megatron_pipeweaver.semu.work import NO_WORK, Operator, OperatorClass, Phase, Subgraph, Work
 
 Latency = Callable[[Operator, Phase], int]
 """Nanoseconds of one phase of an operator."""
@@ -32,6 +32,9 @@ class _Builder:
     index: dict[str, int] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     bases: Mapping[str, str] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
+    copied_back: frozenset[str] = frozenset()
+    copies: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.bases = self.subgraph.bases
@@ -64,10 +67,20 @@ class _Builder:
             if name in self.sizes
         )
 
+    def hand_back(self, one: Operator) -> None:
+        """Have the output's gradient serve as that of the inputs that an operator names."""
+        found = self.index.get(f"grad:{one.outputs[0]}")
+        if found is not None:
+            for name in one.hands_back:
+                self.index.setdefault(f"grad:{name}", found)
+
     def add(
         self, one: Operator, phase: Phase, reads: tuple[int, ...], writes: tuple[int, ...]
     ) -> None:
         """Add one phase of an operator."""
+        scratch_bytes = one.work(phase).scratch_bytes
+        if scratch_bytes:
+            writes += (self.tensor(f"scratch:{one.name}.{phase}", scratch_bytes),)
         self.operators.append(
             OperatorNode(
                 f"{one.name}.{phase}",
@@ -83,9 +96,31 @@ class _Builder:
         reads = self.activations(one.inputs) + after
         self.add(one, Phase.FORWARD, reads, self.activations(one.outputs))
 
+    def copy_back(self, one: Operator, sources: Iterable[str]) -> None:
+        """Copy what an operator made again of `sources` to where it was the first time.
+
+        As Megatron's `CheckpointWithoutOutput` does; all stay until the operator's own backward.
+        """
+        output = one.outputs[0]
+        size_bytes = self.sizes[output]
+        copy = Operator(
+            name=f"{one.name}.copy",
+            kind=OperatorClass.ELEMENTWISE,
+            inputs=(output,),
+            outputs=(),
+            forward=Work(memory_bytes=2 * size_bytes),
+        )
+        again = self.tensor(f"again:{output}", size_bytes)
+        self.add(copy, Phase.FORWARD, self.activations((output,)), (again,))
+        self.copies[one.name] = (again, *self.activations(sources))
+
     def received(self, one: Operator) -> tuple[int, ...]:
         """Nodes of the gradients of what an operator made, as far as there are any."""
-        grads = (f"grad:{name}" for name in one.outputs)
+        return self.known_gradients(one.outputs)
+
+    def known_gradients(self, names: Iterable[str]) -> tuple[int, ...]:
+        """Nodes of the gradients of `names`, as far as there are any."""
+        grads = (f"grad:{name}" for name in names)
         return tuple(self.index[name] for name in grads if name in self.index)
 
     def hold(self, tensors: tuple[int, ...]) -> None:
@@ -93,7 +128,7 @@ class _Builder:
         devices = {one.device: index for index, one in enumerate(self.operators)}
         last = tuple(sorted(devices.values()))
         device = self.operators[-1].device if self.operators else None
-        if device is not None:
+        if device is not None and tensors:
             self.operators.append(OperatorNode("end", device, 0, tensors, (), last))
 
     def finish(self) -> Graph:
@@ -124,21 +159,49 @@ def backward_graph(
         again: what the forward dropped.
         weight_grad: run weight gradients as well.
     """
-    build = _Builder(subgraph, latency)
+    build = _Builder(
+        subgraph,
+        latency,
+        dropped=again.operators,
+        copied_back=_copied_back(subgraph, again),
+    )
     at_hand = {one.name for one in held_tensors(subgraph, again)}
     build.activations(at_hand_in_order(subgraph, at_hand))
     producers = {name: one for one in subgraph.operators for name in one.outputs}
     if subgraph.operators:
         build.gradients(subgraph.operators[-1].outputs[:1])
     blocks = list(again.blocks)
+    ends: dict[str, tuple[int, ...]] = {}
     for one in reversed(subgraph.operators):
         for block in [block for block in blocks if one.name in block]:
             blocks.remove(block)
             _run_block(build, block, at_hand, build.received(one))
+            first = next(each.name for each in subgraph.operators if each.name in block)
+            # What came out of it again is held to the end of its own backward.
+            ends[first] = build.activations(one.outputs[:1])
         for name in one.saves:
             _bring_back(build, name, at_hand, producers, build.received(one))
         _add_gradients(build, one, producers, weight_grad=weight_grad)
+        build.hold(ends.get(one.name, ()))
+    if subgraph.tensors:
+        build.hold(build.known_gradients(one.name for one in subgraph.tensors[:1]))  # handed on
     return build.finish()
+
+
+def _copied_back(subgraph: Subgraph, again: Recomputed) -> frozenset[str]:
+    """Operators that run again one by one, whose output is copied to where others look for it."""
+    if again.blocks or not again.drops_outputs:
+        return frozenset()
+    return frozenset(
+        one.name
+        for one in subgraph.operators
+        if one.name in again.operators
+        and any(
+            one.outputs[0] in user.inputs
+            for user in subgraph.operators
+            if user.name not in again.operators
+        )
+    )
 
 
 def at_hand_in_order(subgraph: Subgraph, names: set[str]) -> list[str]:
@@ -176,6 +239,18 @@ def _bring_back(
         _bring_back(build, source, at_hand, producers, after)
     build.run_forward(one, after)
     at_hand.update(one.outputs)
+    if one.name in build.copied_back:
+        build.copy_back(one, _sources(build, one, producers))
+
+
+def _sources(build: _Builder, one: Operator, producers: Mapping[str, Operator]) -> Iterator[str]:
+    """What an operator reads, or what those read that run again for it alone."""
+    for name in one.inputs:
+        maker = producers.get(build.bases.get(name, name))
+        if maker is not None and maker.name in build.dropped - build.copied_back:
+            yield from _sources(build, maker, producers)
+        else:
+            yield name
 
 
 def _add_gradients(
@@ -183,9 +258,10 @@ def _add_gradients(
 ) -> None:
     """Input gradient, then weight gradient, of one operator."""
     received = build.received(one)
-    kept = build.activations(one.saves)
+    kept = build.activations(one.saves) + build.copies.get(one.name, ())
     needs_inputs = one.input_grad != NO_WORK or one.weight_grad == NO_WORK
     gathered = _gather_again(build, one, producers, received) if weight_grad else ()
+    build.hand_back(one)
     if needs_inputs:
         build.add(one, Phase.INPUT_GRAD, received + kept, build.gradients(one.inputs))
     if weight_grad and one.weight_grad != NO_WORK and one.kind is not OperatorClass.ALL_GATHER:

@@ -57,7 +57,8 @@ class Work:
     `flops` counts a multiply and an add as two; `memory_bytes` is what is read and written once;
     `network_bytes` is what this rank sends, in `steps` messages one after another. `shape` is
     ``(m, n, k)`` of a matmul, for efficiency at small sizes, and `count` how many such matmuls run
-    as one kernel; `kernels` is how many kernels are launched.
+    as one kernel; `kernels` is how many kernels are launched. `scratch_bytes` are taken while it
+    runs, beside the tensors that it reads and writes.
     """
 
     flops: int = 0
@@ -67,9 +68,11 @@ class Work:
     shape: tuple[int, ...] = ()
     count: int = 1
     kernels: int = 1
+    scratch_bytes: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.flops, self.memory_bytes, self.network_bytes, self.steps, self.kernels) < 0:
+        amounts = (self.flops, self.memory_bytes, self.network_bytes, self.scratch_bytes)
+        if min(*amounts, self.steps, self.kernels) < 0:
             raise ConfigError(f"work: {self}: flops, bytes, steps and kernels must be >= 0")
 
 
@@ -108,7 +111,10 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operator:
-    """An operator node: what it reads, writes, keeps for its backward, and costs in each phase."""
+    """An operator node: what it reads, writes, keeps for its backward, and costs in each phase.
+
+    The gradients of inputs that it `hands_back` are its output's own, with no memory of theirs.
+    """
 
     name: str
     kind: OperatorClass
@@ -119,6 +125,7 @@ class Operator:
     input_grad: Work = NO_WORK
     weight_grad: Work = NO_WORK
     queue: Queue = Queue.COMPUTE
+    hands_back: tuple[str, ...] = ()
 
     def work(self, phase: Phase) -> Work:
         """The work of one phase."""
@@ -152,6 +159,12 @@ class Subgraph:
                 raise ConfigError(
                     f"subgraph {self.name!r}, operator {one.name!r}: no tensors {sorted(missing)}"
                 )
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of what the last operator hands on."""
+        last = self.operators[-1].outputs[0] if self.operators else None
+        return sum(one.size_bytes for one in self.tensors if one.name == last)
 
     @property
     def parameters(self) -> int:

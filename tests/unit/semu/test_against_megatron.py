@@ -164,21 +164,19 @@ def test_layers_with_cross_attention_and_modulation(
     strategy: LayerStrategy, size: tuple[int, int]
 ) -> None:
     (case,) = (one for one in chunks.CASES["cpu"] if one.module.kind is ModuleKind.DIFFUSION)
-    chunk = chunks.Chunk(case, "cpu")
-    graph = transformer_layer(
-        layer_spec(case.module), chunks.load_of(case, size), RunOptions.unfused()
-    )
+    chunk = chunks.LayersChunk(case, "cpu")
+    graph = transformer_layer(layer_spec(case.module), chunk.load(size), RunOptions.unfused())
     assert chunks.LAYERS * _held(graph, strategy) == pytest.approx(
         chunk.weigh(size, strategy).held_bytes, rel=0.03
     )
-    hidden, forward, _ = chunk.made(size, strategy)
+    ready = chunk.made(size, strategy)
     with megatron_layers.FlopCount() as counted:
-        output = forward(hidden)
+        output = ready.run()
     assert chunks.LAYERS * graph.flops(Phase.FORWARD) == pytest.approx(counted.total, rel=0.005)
     with megatron_layers.FlopCount() as counted:
         output.sum().backward()
     assert chunks.LAYERS * _backward_flops(graph, strategy) == pytest.approx(
         counted.total, rel=0.005
     )
-    parameters = sum(one.numel() for one in chunk.parameters())
+    parameters = sum(one.numel() for one in chunk.parameters(size))
     assert chunks.LAYERS * graph.parameters == parameters

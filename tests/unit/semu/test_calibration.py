@@ -31,7 +31,7 @@ PROFILE = load_device("cpu")
 def _linear(rows: int, width: int) -> Operator:
     sketch = Sketch("one", RunOptions.unfused())
     source = sketch.tensor("x", rows * width)
-    linear(sketch, "l", source, rows=rows, width_in=width, width_out=2 * width, bias=True)
+    linear(sketch, "l", source, rows=rows, width_in=width, width_out=2 * width, bias=False)
     return sketch.operators[-1]
 
 
