@@ -205,6 +205,13 @@ def _dense_attention(
         makes.append(sketch.tensor(f"{name}.dropped", elements))
         makes.append(sketch.tensor(f"{name}.dropout_mask", elements, options.mask_bytes))
     moved = sketch.bytes_of(scores)
+    works = (Work(memory_bytes=2 * moved), Work(memory_bytes=3 * moved))
+    if shape.masked:
+        # Scores are filled in where they stand, through a view: its gradient is copied four times.
+        works = (
+            Work(memory_bytes=4 * moved, kernels=2),
+            Work(memory_bytes=14 * moved, kernels=7, scratch_bytes=moved),
+        )
     sketch.operators.append(
         Operator(
             name=f"{name}_softmax",
@@ -212,8 +219,8 @@ def _dense_attention(
             inputs=(scores,),
             outputs=tuple(makes),
             saves=tuple(makes),
-            forward=Work(memory_bytes=(4 if shape.masked else 2) * moved),
-            input_grad=Work(memory_bytes=(5 if shape.masked else 3) * moved),
+            forward=works[0],
+            input_grad=works[1],
         )
     )
     output = sketch.tensor(f"{name}.out", shape.rows * shape.heads * shape.head_size)

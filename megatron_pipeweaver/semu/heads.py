@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from megatron_pipeweaver.ir.lmm import MODULATIONS, Modulation, ModuleSpec
+from megatron_pipeweaver.ir.lmm import MODULATIONS, Modulation, ModuleKind, ModuleSpec
 from megatron_pipeweaver.semu.architecture import LayerSpec
 from megatron_pipeweaver.semu.interface import Load
 from megatron_pipeweaver.semu.operators import (
     INDEX_BYTES,
     Sketch,
     activation,
+    collective_work,
     context_rows,
     elementwise,
     enter_tensor_parallel,
@@ -19,7 +20,7 @@ from megatron_pipeweaver.semu.operators import (
     sharded_rows,
 )
 from megatron_pipeweaver.semu.options import RunOptions
-from megatron_pipeweaver.semu.work import Operator, OperatorClass, Subgraph, Work
+from megatron_pipeweaver.semu.work import Operator, OperatorClass, Queue, Subgraph, Work
 
 SINGLE_BYTES = 4
 """The loss is computed in single precision."""
@@ -28,12 +29,19 @@ TIME_WAVES = 256
 
 
 def patch_embedding(module: ModuleSpec, load: Load, options: RunOptions) -> Subgraph:
-    """Non-overlapping convolution as one matmul, plus position embeddings; no input gradient."""
+    """Non-overlapping convolution as one matmul, plus position embeddings; no input gradient.
+
+    Clips are noised first; their positions are sinusoids, and they travel in one row with what
+    they are conditioned on.
+    """
     sketch = Sketch("patch_embedding", options)
     patch = module.patch_size or 1
     pixels = module.image_channels * patch * patch
     rows = context_rows(load, options)
+    clips = module.kind is ModuleKind.DIFFUSION
     source = sketch.tensor("pixels", rows * pixels)
+    if clips:
+        _worked_on(sketch, "noise", source, _NOISE)
     output = linear(
         sketch,
         "patches",
@@ -46,24 +54,70 @@ def patch_embedding(module: ModuleSpec, load: Load, options: RunOptions) -> Subg
     )
     if module.layer.positions:
         sketch.tensor("positions", module.layer.positions * module.hidden_size, parameter=True)
-    elementwise(sketch, "add_positions", (output,), rows * module.hidden_size, backward=False)
+    size = rows * module.hidden_size
+    if clips:
+        _worked_on(sketch, "sinusoids", sketch.tensor("waves", size, SINGLE_BYTES), _SINUSOIDS)
+    output = elementwise(sketch, "add_positions", (output,), size, backward=False)
+    if clips:
+        elementwise(sketch, "join_rows", (output,), size, apart=_JOINED)
     return sketch.finish()
 
 
+_NOISE = (7, 3)
+_SINUSOIDS = (7, 18)
+"""Passes and kernels of noising clips and cutting them up; of telling where a patch stands."""
+_JOINED = ((2, 1), (7, 5))
+"""Those of joining rows, and of taking their gradients apart."""
+
+
+def _worked_on(sketch: Sketch, name: str, tensor: str, work: tuple[int, int]) -> None:
+    """Passes over a tensor that no gradient goes through."""
+    passes, kernels = work
+    sketch.operators.append(
+        Operator(
+            name=name,
+            kind=OperatorClass.ELEMENTWISE,
+            inputs=(),
+            outputs=(tensor,),
+            forward=Work(memory_bytes=passes * sketch.bytes_of(tensor), kernels=kernels),
+        )
+    )
+
+
 def patch_unembedding(module: ModuleSpec, load: Load, options: RunOptions) -> Subgraph:
-    """One linear from hidden states back to the patches that a diffusion model predicts."""
+    """One linear from hidden states to the patches that a diffusion model predicts, and the loss.
+
+    The mean square of the difference is taken in single precision.
+    """
     sketch = Sketch("patch_unembedding", options)
     patch = module.patch_size or 1
     rows = context_rows(load, options)
+    values = module.image_channels * patch * patch
     hidden = sketch.tensor("hidden", rows * module.hidden_size)
-    linear(
+    made = linear(
         sketch,
         "unpatch",
         hidden,
         rows=rows,
         width_in=module.hidden_size,
-        width_out=module.image_channels * patch * patch,
+        width_out=values,
         bias=True,
+    )
+    loss = sketch.tensor("loss.out", rows, SINGLE_BYTES)
+    difference = sketch.tensor("loss.difference", rows * values, SINGLE_BYTES)
+    made_bytes, single_bytes = sketch.bytes_of(made), sketch.bytes_of(difference)
+    copied = 0 if options.element_bytes == SINGLE_BYTES else made_bytes + single_bytes
+    sketch.operators.append(
+        Operator(
+            name="loss",
+            kind=OperatorClass.ELEMENTWISE,
+            inputs=(made,),
+            outputs=(loss, difference),
+            saves=(difference,),
+            # Noise less clip, cut up; its difference from what was predicted, squared, its mean.
+            forward=Work(memory_bytes=7 * made_bytes + 2 * copied + 6 * single_bytes, kernels=6),
+            input_grad=Work(memory_bytes=copied + 8 * single_bytes, kernels=4),
+        )
     )
     return sketch.finish()
 
@@ -87,15 +141,30 @@ def token_embedding(module: ModuleSpec, load: Load, options: RunOptions) -> Subg
             outputs=(output,),
             saves=(tokens,),
             forward=Work(memory_bytes=2 * moved),
-            weight_grad=Work(memory_bytes=moved + 2 * rows * width * options.gradient_bytes),
+            # A gradient of the whole table: filled with zeros, added into, added to the buffer.
+            weight_grad=Work(
+                memory_bytes=3 * moved
+                + vocabulary * width * 2 * (options.element_bytes + options.gradient_bytes),
+                kernels=3,
+                scratch_bytes=vocabulary * width * options.element_bytes,
+            ),
         )
     )
+    if module.after:
+        output = _images_placed(sketch, output, rows * width)
     output = leave_tensor_parallel(sketch, "leave_embedding", output, rows * width)
     if options.dropout:
         elements = sketch.elements(output)
         mask = sketch.tensor("embedding.dropout_mask", elements, options.mask_bytes)
         elementwise(sketch, "embedding_dropout", (output,), elements, makes=(mask,))
     return sketch.finish()
+
+
+def _images_placed(sketch: Sketch, embedded: str, elements: int) -> str:
+    """Embeddings with those of images in their places: a copy, which images are written into."""
+    return elementwise(
+        sketch, "place_images", (embedded,), elements, apart=((3, 9), (3, 3)), saves=()
+    )
 
 
 def condition_embedding(module: ModuleSpec, load: Load, options: RunOptions) -> Subgraph:
@@ -237,20 +306,53 @@ def _vocabulary_head(
         keeps=hidden,
         owns_weight=not shares_embedding,
     )
-    softmax = sketch.tensor("loss.softmax", rows * vocabulary, SINGLE_BYTES)
+    # Logits of less precision are copied into single precision; others are worked on in place.
+    single = options.element_bytes == SINGLE_BYTES
+    softmax = sketch.tensor(
+        "loss.softmax", rows * vocabulary, SINGLE_BYTES, base=logits if single else None
+    )
+    totals = _loss_exchanged(sketch, logits, rows)
     # Which targets are not on this rank (one byte each), and where they are.
     targets = sketch.tensor("loss.targets", rows, INDEX_BYTES + 1)
     loss = sketch.tensor("loss.out", rows, SINGLE_BYTES)
-    logit_bytes, softmax_bytes = sketch.bytes_of(logits), sketch.bytes_of(softmax)
+    softmax_bytes = sketch.bytes_of(softmax)
+    copied = 0 if single else sketch.bytes_of(logits, softmax)
     sketch.operators.append(
         Operator(
             name="loss",
             kind=OperatorClass.SOFTMAX,
-            inputs=(logits,),
-            outputs=(softmax, targets, loss),
+            inputs=(logits, *totals),
+            outputs=(loss, softmax, targets),
             saves=(softmax, targets),
-            forward=Work(memory_bytes=logit_bytes + 5 * softmax_bytes),
-            input_grad=Work(memory_bytes=2 * softmax_bytes + logit_bytes),
+            # Largest, difference, exponential, sum, quotient; targets are looked up row by row.
+            forward=Work(memory_bytes=copied + 8 * softmax_bytes, kernels=20),
+            input_grad=Work(memory_bytes=copied + 2 * softmax_bytes, kernels=8),
+            overwrites=softmax if single else None,
         )
     )
     return sketch.finish()
+
+
+def _loss_exchanged(sketch: Sketch, logits: str, rows: int) -> tuple[str, ...]:
+    """Each row's largest logit, sum and target logit, from all tensor-parallel ranks."""
+    ranks = sketch.options.parallel.tensor
+    if ranks == 1:
+        return ()
+    one = collective_work(OperatorClass.ALL_REDUCE, rows * SINGLE_BYTES, ranks)
+    totals = sketch.tensor("loss.totals", 3 * rows, SINGLE_BYTES)
+    sketch.operators.append(
+        Operator(
+            name="loss_totals",
+            kind=OperatorClass.ALL_REDUCE,
+            inputs=(logits,),
+            outputs=(totals,),
+            forward=Work(
+                network_bytes=3 * one.network_bytes,
+                memory_bytes=3 * one.memory_bytes,
+                steps=3 * one.steps,
+                kernels=3,
+            ),
+            queue=Queue.TENSOR_LINK,
+        )
+    )
+    return (totals,)

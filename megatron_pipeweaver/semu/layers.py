@@ -87,18 +87,25 @@ def _modulation_parameters(sketch: Sketch, spec: LayerSpec, load: Load) -> None:
     )
 
 
+_MODULATED = ((2, 2), (9, 6))
+_GATED = ((2, 1), (6, 3))
+"""Passes and kernels: gradients of what is scaled, and of shift and scale, or gate, added up."""
+
+
 def _modulated(sketch: Sketch, spec: LayerSpec, name: str, normed: str) -> str:
     """Scale and shift behind a norm; keeps what it scales."""
     if spec.modulation is None:
         return normed
-    return elementwise(sketch, name, (normed,), sketch.elements(normed), saves=(normed,))
+    elements = sketch.elements(normed)
+    return elementwise(sketch, name, (normed,), elements, saves=(normed,), apart=_MODULATED)
 
 
 def _gated(sketch: Sketch, spec: LayerSpec, name: str, branch: str) -> str:
     """Gate in front of the residual sum; keeps what it gates."""
     if spec.modulation is None:
         return branch
-    return elementwise(sketch, name, (branch,), sketch.elements(branch), saves=(branch,))
+    elements = sketch.elements(branch)
+    return elementwise(sketch, name, (branch,), elements, saves=(branch,), apart=_GATED)
 
 
 def _attention_block(sketch: Sketch, spec: LayerSpec, load: Load, hidden: str) -> str:

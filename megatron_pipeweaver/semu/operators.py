@@ -156,7 +156,7 @@ def _biased(sketch: Sketch, name: str, product: str, bias: str) -> str:
 
 _NORM_FUSED = ((2, 1), (3, 1), (2, 1))
 """Passes over the tensor, and kernels: forward, input gradient, weight gradient."""
-_RMS_NORM_APART = ((7, 6), (14, 9), (4, 2))
+_RMS_NORM_APART = ((7, 6), (19, 12), (4, 2))
 """Square, mean, root, two products; their gradients are elementwise operators as well."""
 
 

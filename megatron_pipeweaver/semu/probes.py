@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -381,6 +381,14 @@ def _dense_attentions(
     maker: _Maker, operators: tuple[Operator, ...], rows: int, heads: int
 ) -> list[Probe]:
     torch = maker.torch
+    filled = operators[1]
+    copied = 2 * maker.options.element_bytes * heads * rows * rows
+    cloning = replace(
+        filled.forward,
+        memory_bytes=filled.forward.memory_bytes + copied,
+        kernels=filled.forward.kernels + 1,
+    )
+    operators = (operators[0], replace(filled, forward=cloning), operators[2])
     # As in Megatron, heads of one row stand side by side.
     query, key, value = (maker.tensor(rows, heads, maker.head_size) for _ in range(3))
     weights = maker.tensor(heads, rows, rows)
@@ -392,7 +400,10 @@ def _dense_attentions(
         return torch.baddbmm(buffer, query.transpose(0, 1), turned, beta=0.0, alpha=0.2)
 
     def softmax() -> Any:
-        return torch.softmax(weights.masked_fill(mask, -10000.0), dim=-1)
+        # Filled in where they stand, through a view, as in Megatron.
+        scores = weights.clone()
+        view = scores.view(1, heads, rows, rows).masked_fill_(mask, -10000.0)
+        return torch.softmax(view, dim=-1)
 
     def context() -> Any:
         return torch.bmm(weights, value.transpose(0, 1)).transpose(0, 1).contiguous()

@@ -68,7 +68,10 @@ class _Builder:
         )
 
     def hand_back(self, one: Operator) -> None:
-        """Have the output's gradient serve as that of the inputs that an operator names."""
+        """Have what is there serve as the gradients of the inputs that an operator names."""
+        if one.overwrites is not None:
+            (kept,) = self.activations((one.overwrites,))
+            self.index.setdefault(f"grad:{one.inputs[0]}", kept)
         found = self.index.get(f"grad:{one.outputs[0]}")
         if found is not None:
             for name in one.hands_back:

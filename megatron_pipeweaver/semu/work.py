@@ -113,7 +113,8 @@ class Tensor:
 class Operator:
     """An operator node: what it reads, writes, keeps for its backward, and costs in each phase.
 
-    The gradients of inputs that it `hands_back` are its output's own, with no memory of theirs.
+    The gradients of inputs that it `hands_back` are its output's own, with no memory of theirs;
+    that of its first input is written over what it keeps as `overwrites`, if it does so.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Operator:
     weight_grad: Work = NO_WORK
     queue: Queue = Queue.COMPUTE
     hands_back: tuple[str, ...] = ()
+    overwrites: str | None = None
 
     def work(self, phase: Phase) -> Work:
         """The work of one phase."""
