@@ -27,12 +27,21 @@ from benchmarks.semu_accuracy.whole import whole_chunks
 from benchmarks.semu_accuracy.work import Chunk, Size, Weight
 from megatron_pipeweaver.errors import PipeWeaverError
 from megatron_pipeweaver.ir.strategy import LayerStrategy
-from megatron_pipeweaver.semu.calibration import LayerSample, calibrate, with_layer_times
+from megatron_pipeweaver.semu.architecture import layer_spec
+from megatron_pipeweaver.semu.calibration import (
+    CheckpointSample,
+    LayerSample,
+    calibrate,
+    with_checkpoint_times,
+    with_layer_times,
+)
 from megatron_pipeweaver.semu.devices import load_device
+from megatron_pipeweaver.semu.layers import transformer_layer
 from megatron_pipeweaver.semu.model import AnalyticCostModel
 from megatron_pipeweaver.semu.options import RunOptions
 from megatron_pipeweaver.semu.probes import ProbeRounds
 from megatron_pipeweaver.semu.stage_costs import StageCosts, StagePart
+from megatron_pipeweaver.semu.strategies import checkpoints
 
 KEEP_FREED_MEMORY = {
     # glibc would hand freed activations back to the system, and fault them in again.
@@ -135,6 +144,29 @@ def layer_samples(costs: AnalyticCostModel, seen: Sequence[Timed]) -> list[Layer
     ]
 
 
+CHECKPOINTED = (LayerStrategy.NORM, LayerStrategy.ATTENTION)
+"""Strategies whose chunks, at two of the sizes that it may see, calibration is given as well."""
+
+
+def checkpoint_samples(costs: AnalyticCostModel, seen: Sequence[Timed]) -> list[CheckpointSample]:
+    """What calibration of checkpoints is given."""
+    found = []
+    for one in seen:
+        chunk = one.chunk
+        forward, backward = one.predicted_ns(costs)
+        graph = transformer_layer(layer_spec(chunk.module), chunk.load(one.size), costs.options)
+        found.append(
+            CheckpointSample(
+                checkpoints=LAYERS * checkpoints(one.strategy, graph),
+                emulated_forward_ns=forward,
+                emulated_backward_ns=backward,
+                forward_ns=round(statistics.median(one.forward)),
+                backward_ns=round(statistics.median(one.backward)),
+            )
+        )
+    return found
+
+
 def table(header: str, rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
     names = header.split(",")
@@ -174,16 +206,23 @@ def report(arguments: argparse.Namespace) -> str:
             for chunk, sizes_of_chunk in compared
             for size in sizes_of_chunk
         ]
-        timed_rounds(arguments.repeats, probes, [*seen, *held_out])
+        again = [
+            Timed(chunk, size, strategy)
+            for strategy in CHECKPOINTED
+            for chunk, case in layers
+            for size in case.seen[1:4:2]
+        ]
+        timed_rounds(arguments.repeats, probes, [*seen, *again, *held_out])
         fitted = calibrate(probes.samples(), plain)
         lines += table(
             "operator class,held-out error",
             [[kind.value, f"{error:.1%}"] for kind, error in fitted.held_out_error.items()],
         )
         bare = AnalyticCostModel(fitted.profile, options)
-        costs = AnalyticCostModel(
-            with_layer_times(fitted.profile, layer_samples(bare, seen)), options
-        )
+        profile = with_layer_times(fitted.profile, layer_samples(bare, seen))
+        some = AnalyticCostModel(profile, options)
+        profile = with_checkpoint_times(profile, checkpoint_samples(some, again))
+        costs = AnalyticCostModel(profile, options)
         lines += time_lines(costs, held_out)
         lines += memory_lines(costs, held_out)
     return "\n".join(lines) + "\n"

@@ -378,6 +378,7 @@ _OPTION_READERS: Mapping[str, Reader] = {
     "fused_norm": JsonNode.boolean,
     "fused_activation": JsonNode.boolean,
     "fused_rotary": JsonNode.boolean,
+    "fused_linear": JsonNode.boolean,
     "dropout": JsonNode.boolean,
     "mask_bytes": _positive,
 }

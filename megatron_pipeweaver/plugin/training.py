@@ -414,6 +414,7 @@ def run_options(args: argparse.Namespace) -> RunOptions:
         fused_norm=engine,
         fused_activation=engine,
         fused_rotary=engine,
+        fused_linear=engine,
         dropout=args.hidden_dropout > 0 or args.attention_dropout > 0,
         mask_bytes=1 if torch.cuda.is_available() else element_bytes,
     )

@@ -113,6 +113,44 @@ def with_layer_times(profile: DeviceProfile, samples: Sequence[LayerSample]) -> 
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSample:
+    """A chunk in which `checkpoints` parts run again: emulated, and measured."""
+
+    checkpoints: int
+    emulated_forward_ns: int
+    emulated_backward_ns: int
+    forward_ns: int
+    backward_ns: int
+
+
+def with_checkpoint_times(
+    profile: DeviceProfile, samples: Sequence[CheckpointSample]
+) -> DeviceProfile:
+    """`profile` with what running something again costs beyond what runs.
+
+    The median over `samples`, which are emulated with this `profile`, of what each checkpoint took
+    longer; never below 0.
+
+    Raises:
+        ConfigError: there is no sample, or one has no checkpoint.
+    """
+    if not samples or min(one.checkpoints for one in samples) < 1:
+        raise ConfigError("calibration of checkpoints: give samples in which something runs again")
+    forward, backward = (
+        statistics.median((measured - emulated) / count for measured, emulated, count in pairs)
+        for pairs in (
+            [(one.forward_ns, one.emulated_forward_ns, one.checkpoints) for one in samples],
+            [(one.backward_ns, one.emulated_backward_ns, one.checkpoints) for one in samples],
+        )
+    )
+    return replace(
+        profile,
+        checkpoint_forward_ns=profile.checkpoint_forward_ns + max(0, round(forward)),
+        checkpoint_backward_ns=profile.checkpoint_backward_ns + max(0, round(backward)),
+    )
+
+
 def relative_error(sample: Sample, costs: OperatorCosts) -> float:
     """How far all phases together are off, as a share of what was measured."""
     predicted = sum(costs.latency_ns(sample.operator, phase) for phase in Phase)

@@ -37,7 +37,12 @@ _FACTOR_KEYS = (
 )
 _GRADIENT_KEYS = ("input_grad", "weight_grad")
 _PROFILE_NUMBERS = ("scale_up_ranks", "layer_forward_ns", "layer_backward_ns")
-_PROFILE_STRETCHES = ("layer_forward_permille", "layer_backward_permille")
+_PROFILE_OPTIONS = (
+    "layer_forward_permille",
+    "layer_backward_permille",
+    "checkpoint_forward_ns",
+    "checkpoint_backward_ns",
+)
 _HALF_KEY = "half_sizes"
 
 
@@ -79,7 +84,8 @@ class DeviceProfile:
     `scale_up_ranks` is how many ranks share the fast link; `source` says where numbers are from.
     Each layer takes `layer_forward_permille` thousandths of what its operators take alone, and
     `layer_forward_ns` on top: what the framework spends between them where the device has to wait
-    for it. Likewise its backward.
+    for it. Likewise its backward. What runs again costs `checkpoint_forward_ns` and
+    `checkpoint_backward_ns` on top, for keeping inputs and random states.
     """
 
     spec: DeviceSpec
@@ -89,13 +95,18 @@ class DeviceProfile:
     layer_backward_ns: int = 0
     layer_forward_permille: int = 1000
     layer_backward_permille: int = 1000
+    checkpoint_forward_ns: int = 0
+    checkpoint_backward_ns: int = 0
     source: str = ""
 
     def __post_init__(self) -> None:
         if self.scale_up_ranks < 1:
             raise ConfigError(f"device {self.spec.name!r}: scale_up_ranks must be >= 1")
-        if min(self.layer_forward_ns, self.layer_backward_ns) < 0:
-            raise ConfigError(f"device {self.spec.name!r}: layers cannot take less than 0 ns")
+        times = (self.layer_forward_ns, self.layer_backward_ns)
+        if min(*times, self.checkpoint_forward_ns, self.checkpoint_backward_ns) < 0:
+            raise ConfigError(
+                f"device {self.spec.name!r}: layers and checkpoints cannot take less than 0 ns"
+            )
         if min(self.layer_forward_permille, self.layer_backward_permille) < 1:
             raise ConfigError(f"device {self.spec.name!r}: layer permille must be >= 1")
 
@@ -107,7 +118,9 @@ class DeviceProfile:
     def has_layer_factors(self) -> bool:
         """Whether layers take other times than their operators."""
         stretches = (self.layer_forward_permille, self.layer_backward_permille)
-        return stretches != (1000, 1000) or max(self.layer_forward_ns, self.layer_backward_ns) > 0
+        times = (self.layer_forward_ns, self.layer_backward_ns)
+        checkpoints = (self.checkpoint_forward_ns, self.checkpoint_backward_ns)
+        return stretches != (1000, 1000) or max(*times, *checkpoints) > 0
 
     def layer_forward(self, operators_ns: int, *, layers: int) -> int:
         """Nanoseconds of the forward of `layers` layers whose operators take `operators_ns`."""
@@ -134,7 +147,7 @@ def profile_from_json(data: bytes, source: str) -> DeviceProfile:
         parse_json(data, source),
         DEVICE_FORMAT,
         {"name", "source", "spec", "factors", *_PROFILE_NUMBERS},
-        optional=set(_PROFILE_STRETCHES),
+        optional=set(_PROFILE_OPTIONS),
     )
     spec = root["spec"].keys(frozenset(_SPEC_KEYS))
     factors: dict[OperatorClass, Factors] = {}
@@ -148,7 +161,7 @@ def profile_from_json(data: bytes, source: str) -> DeviceProfile:
         ),
         factors=factors,
         **{key: root[key].integer() for key in _PROFILE_NUMBERS},
-        **_integers(root, _PROFILE_STRETCHES),
+        **_integers(root, _PROFILE_OPTIONS),
         source=root["source"].text(),
     )
 
@@ -178,7 +191,7 @@ def profile_to_json(profile: DeviceProfile) -> bytes:
             "format": DEVICE_FORMAT,
             "name": profile.spec.name,
             "source": profile.source,
-            **{key: getattr(profile, key) for key in (*_PROFILE_NUMBERS, *_PROFILE_STRETCHES)},
+            **{key: getattr(profile, key) for key in (*_PROFILE_NUMBERS, *_PROFILE_OPTIONS)},
             "spec": {key: getattr(profile.spec, key) for key in _SPEC_KEYS},
             "factors": {kind.value: _factors_json(one) for kind, one in profile.factors.items()},
         }

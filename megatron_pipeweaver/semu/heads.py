@@ -12,6 +12,7 @@ from megatron_pipeweaver.semu.operators import (
     collective_work,
     context_rows,
     elementwise,
+    embedding,
     enter_tensor_parallel,
     leave_tensor_parallel,
     linear,
@@ -131,25 +132,7 @@ def token_embedding(module: ModuleSpec, load: Load, options: RunOptions) -> Subg
     weight = sketch.tensor("embedding.weight", vocabulary * width, parameter=True)
     if module.layer.positions:
         sketch.tensor("positions", module.layer.positions * width, parameter=True)
-    output = sketch.tensor("embedding.out", rows * width)
-    moved = rows * width * options.element_bytes
-    sketch.operators.append(
-        Operator(
-            name="embedding",
-            kind=OperatorClass.EMBEDDING,
-            inputs=(tokens, weight),
-            outputs=(output,),
-            saves=(tokens,),
-            forward=Work(memory_bytes=2 * moved),
-            # A gradient of the whole table: filled with zeros, added into, added to the buffer.
-            weight_grad=Work(
-                memory_bytes=3 * moved
-                + vocabulary * width * 2 * (options.element_bytes + options.gradient_bytes),
-                kernels=3,
-                scratch_bytes=vocabulary * width * options.element_bytes,
-            ),
-        )
-    )
+    output = embedding(sketch, tokens, weight, rows=rows, width=width)
     if module.after:
         output = _images_placed(sketch, output, rows * width)
     output = leave_tensor_parallel(sketch, "leave_embedding", output, rows * width)

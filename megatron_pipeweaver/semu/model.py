@@ -18,7 +18,12 @@ from megatron_pipeweaver.semu.options import RunOptions
 from megatron_pipeweaver.semu.reuse import DiskCache, Reuse, content_key, source_digest
 from megatron_pipeweaver.semu.stage_costs import GraphCost, StageCosts, StagePart
 from megatron_pipeweaver.semu.stages import Part, canonical_stage, stage_parts
-from megatron_pipeweaver.semu.strategies import held_tensors, recomputed, weight_grads_apart
+from megatron_pipeweaver.semu.strategies import (
+    checkpoints,
+    held_tensors,
+    recomputed,
+    weight_grads_apart,
+)
 from megatron_pipeweaver.semu.training import backward_graph, forward_graph
 from megatron_pipeweaver.semu.work import NO_WORK, OperatorClass, Phase, Queue, Subgraph, Work
 
@@ -277,12 +282,15 @@ class AnalyticCostModel:
             keep.backward_ns + keep.weight_grad_ns
         )
         whole = strategy is LayerStrategy.RECOMPUTE
+        count = checkpoints(strategy, self._graph(part))
         backward_ns = cost.backward_ns - again_ns
         return replace(
             cost,
-            forward_ns=profile.layer_forward(cost.forward_ns, layers=1),
+            forward_ns=profile.layer_forward(cost.forward_ns, layers=1)
+            + count * profile.checkpoint_forward_ns,
             backward_ns=profile.layer_backward(backward_ns, layers=1)
-            + profile.layer_forward(again_ns, layers=int(whole)),
+            + profile.layer_forward(again_ns, layers=int(whole))
+            + count * profile.checkpoint_backward_ns,
             weight_grad_ns=profile.layer_backward(cost.weight_grad_ns, layers=0),
         )
 

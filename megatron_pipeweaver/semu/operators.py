@@ -154,6 +154,31 @@ def _biased(sketch: Sketch, name: str, product: str, bias: str) -> str:
     return output
 
 
+def embedding(sketch: Sketch, tokens: str, weight: str, *, rows: int, width: int) -> str:
+    """Rows of the table `weight` looked up; the backward makes a gradient of the whole table."""
+    output = sketch.tensor("embedding.out", rows * width)
+    moved, table = sketch.bytes_of(output), sketch.elements(weight)
+    options = sketch.options
+    sketch.operators.append(
+        Operator(
+            name="embedding",
+            kind=OperatorClass.EMBEDDING,
+            inputs=(tokens, weight),
+            outputs=(output,),
+            saves=(tokens,),
+            forward=Work(memory_bytes=2 * moved),
+            # Filled with zeros, added into row by row, added to its buffer.
+            weight_grad=Work(
+                memory_bytes=3 * moved
+                + 2 * table * (options.element_bytes + options.gradient_bytes),
+                kernels=3,
+                scratch_bytes=sketch.bytes_of(weight),
+            ),
+        )
+    )
+    return output
+
+
 _NORM_FUSED = ((2, 1), (3, 1), (2, 1))
 """Passes over the tensor, and kernels: forward, input gradient, weight gradient."""
 _RMS_NORM_APART = ((7, 6), (19, 12), (4, 2))

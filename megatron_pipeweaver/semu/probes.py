@@ -19,9 +19,11 @@ from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.semu.attention import AttentionShape, attention
 from megatron_pipeweaver.semu.calibration import Sample
 from megatron_pipeweaver.semu.operators import (
+    INDEX_BYTES,
     Sketch,
     activation,
     elementwise,
+    embedding,
     host_copy,
     linear,
     norm,
@@ -31,6 +33,7 @@ from megatron_pipeweaver.semu.work import Operator, Phase
 
 _LEAST_NS = 300_000
 """Shorter operators run several times between two looks at the clock."""
+_TABLE = 8
 _HEAD_SIZES = {"cpu": 32, "cuda": 128}
 
 _SIZES: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
@@ -75,7 +78,7 @@ class Clock:
 class Probe:
     """One operator; `run` makes its output from `inputs` and `parameters` that want gradients.
 
-    Without `inputs` it has no backward.
+    Without `inputs` it has no input gradient, without `parameters` no weight gradient.
     """
 
     operator: Operator
@@ -99,7 +102,7 @@ def measure(
     sizes: Iterable[tuple[int, int]] | None = None,
     repeats: int = 7,
 ) -> list[Sample]:
-    """Measure linears, norms, activations, sums, attentions and copies of ``rows x width`` inputs.
+    """Measure linears, norms, activations, products, attentions and copies of ``rows x width`` inputs.
 
     Args:
         device: ``cpu`` (single precision, dense attention) or ``cuda`` (bf16, fused attention).
@@ -159,7 +162,7 @@ class ProbeRounds:
         """Warmed up, with as many loops as the clock needs."""
         output = probe.run()
         gradient = self._torch.randn_like(output)
-        if probe.inputs:
+        if output.requires_grad:
             self._torch.autograd.backward(output, gradient)
         start = self.clock.now_ns()
         probe.run()
@@ -240,9 +243,10 @@ def _probes(maker: _Maker, rows: int, width: int) -> Sequence[Probe]:
         *_linears(maker, rows, width),
         *_norms(maker, rows, width),
         *_activations(maker, rows, width),
-        *_sums(maker, rows, width),
+        *_products(maker, rows, width),
         *_attentions(maker, rows, width),
         *_copies(maker, rows, width),
+        *_embeddings(maker, rows, width),
     ]
 
 
@@ -327,17 +331,21 @@ def _activations(maker: _Maker, rows: int, width: int) -> list[Probe]:
     ]
 
 
-def _sums(maker: _Maker, rows: int, width: int) -> list[Probe]:
+_PRODUCT = ((3, 1), (6, 2))
+"""Passes and kernels of a product, forward and backward; a sum has no backward of its own."""
+
+
+def _products(maker: _Maker, rows: int, width: int) -> list[Probe]:
     one, other = maker.tensor(rows, width), maker.tensor(rows, width)
 
     def build(sketch: Sketch) -> str:
         both = (sketch.tensor("x", rows * width), sketch.tensor("y", rows * width))
-        return elementwise(sketch, "sum", both, rows * width)
+        return elementwise(sketch, "product", both, rows * width, saves=both, apart=_PRODUCT)
 
     return [
         Probe(
             operator=last_operator(maker.options, build),
-            run=lambda: one + other,
+            run=lambda: one * other,
             inputs=(one, other),
         )
     ]
@@ -352,6 +360,26 @@ def _copies(maker: _Maker, rows: int, width: int) -> list[Probe]:
             operator=host_copy(source.nbytes),
             run=lambda: host.copy_(source, non_blocking=True),
             inputs=(),
+        )
+    ]
+
+
+def _embeddings(maker: _Maker, rows: int, width: int) -> list[Probe]:
+    """Rows looked up in a table of eight times as many."""
+    table = maker.tensor(_TABLE * rows, width)
+    tokens = maker.torch.randint(_TABLE * rows, (rows,), device=table.device)
+
+    def build(sketch: Sketch) -> str:
+        weight = sketch.tensor("table", _TABLE * rows * width, parameter=True)
+        source = sketch.tensor("tokens", rows, INDEX_BYTES)
+        return embedding(sketch, source, weight, rows=rows, width=width)
+
+    return [
+        Probe(
+            operator=last_operator(maker.options, build),
+            run=lambda: maker.functional.embedding(tokens, table),
+            inputs=(),
+            parameters=(table,),
         )
     ]
 

@@ -75,13 +75,36 @@ def recomputed(strategy: LayerStrategy, graph: Subgraph) -> Recomputed:
         return Recomputed(operators=names, drops_outputs=True, blocks=(names,))
     if strategy in _ONE_BY_ONE:
         return Recomputed(operators=_steps(names, _ONE_BY_ONE[strategy]), drops_outputs=True)
-    blocks = tuple(_steps(names, block) for block in _TOGETHER.get(strategy, ()))
+    steps = (_steps(names, block) for block in _TOGETHER.get(strategy, ()))
+    blocks = tuple(block for block in steps if block)
     return Recomputed(operators=frozenset().union(*blocks), blocks=blocks)
 
 
 def _steps(names: frozenset[str], chosen: frozenset[str]) -> frozenset[str]:
     """Those of `names` that are `chosen` or steps of a chosen operator, called ``name:step``."""
     return frozenset(name for name in names if {name, name.partition(":")[0]} & chosen)
+
+
+def copied_back(graph: Subgraph, again: Recomputed) -> frozenset[str]:
+    """Operators that run again one by one, whose output is copied to where others look for it."""
+    if again.blocks or not again.drops_outputs:
+        return frozenset()
+    return frozenset(
+        one.name
+        for one in graph.operators
+        if one.name in again.operators
+        and any(
+            one.outputs[0] in user.inputs
+            for user in graph.operators
+            if user.name not in again.operators
+        )
+    )
+
+
+def checkpoints(strategy: LayerStrategy, graph: Subgraph) -> int:
+    """How many parts of `graph` run again, each at once and under the random states of before."""
+    again = recomputed(strategy, graph)
+    return len(again.blocks) or len(copied_back(graph, again))
 
 
 def weight_grads_apart(strategy: LayerStrategy, graph: Subgraph) -> frozenset[str]:

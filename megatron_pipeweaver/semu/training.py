@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from megatron_pipeweaver.semu.graph import Device, Graph, Memory, OperatorNode, Store, TensorNode
-from megatron_pipeweaver.semu.strategies import Recomputed, held_tensors
+from megatron_pipeweaver.semu.strategies import Recomputed, copied_back, held_tensors
 from megatron_pipeweaver.semu.work import NO_WORK, Operator, OperatorClass, Phase, Subgraph, Work
 
 Latency = Callable[[Operator, Phase], int]
@@ -166,7 +166,7 @@ def backward_graph(
         subgraph,
         latency,
         dropped=again.operators,
-        copied_back=_copied_back(subgraph, again),
+        copied_back=copied_back(subgraph, again),
     )
     at_hand = {one.name for one in held_tensors(subgraph, again)}
     build.activations(at_hand_in_order(subgraph, at_hand))
@@ -189,22 +189,6 @@ def backward_graph(
     if subgraph.tensors:
         build.hold(build.known_gradients(one.name for one in subgraph.tensors[:1]))  # handed on
     return build.finish()
-
-
-def _copied_back(subgraph: Subgraph, again: Recomputed) -> frozenset[str]:
-    """Operators that run again one by one, whose output is copied to where others look for it."""
-    if again.blocks or not again.drops_outputs:
-        return frozenset()
-    return frozenset(
-        one.name
-        for one in subgraph.operators
-        if one.name in again.operators
-        and any(
-            one.outputs[0] in user.inputs
-            for user in subgraph.operators
-            if user.name not in again.operators
-        )
-    )
 
 
 def at_hand_in_order(subgraph: Subgraph, names: set[str]) -> list[str]:

@@ -177,6 +177,7 @@ def cost_settings(pipeline_size: int) -> CostSettings:
             gradient_bytes=4,
             fused_norm=False,
             fused_activation=False,
+            fused_linear=False,
         ),
     )
 

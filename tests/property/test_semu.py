@@ -67,6 +67,7 @@ def options(draw: st.DrawFn) -> RunOptions:
         attention=draw(st.sampled_from(Attention)),
         fused_norm=draw(st.booleans()),
         fused_activation=draw(st.booleans()),
+        fused_linear=draw(st.booleans()),
         dropout=draw(st.booleans()),
     )
 
