@@ -24,6 +24,8 @@ class ModuleKind(StrEnum):
     """A diffusion transformer over clips, conditioned on text by cross attention."""
 
 
+MOST_LAYERS = 10_000
+"""More are a mistake, and would take long to find out about."""
 MODULATIONS = 6
 """Vectors that modulate a diffusion layer: shift, scale and gate of attention and of the MLP."""
 
@@ -151,6 +153,14 @@ class ModuleSpec:
         ):
             if getattr(self, what) < 1:
                 raise ConfigError(f"{where}: {what} is {getattr(self, what)}; it must be >= 1")
+        if self.layers > MOST_LAYERS:
+            raise ConfigError(f"{where}: layers is {self.layers}; it must be at most {MOST_LAYERS}")
+        for what in ("full_attention_layers", "cross_attention_layers", "tap_layers"):
+            beyond = [one for one in getattr(self.layer, what) if not 0 <= one < self.layers]
+            if beyond:
+                raise ConfigError(
+                    f"{where}: {what} names layer {beyond[0]}; there are {self.layers}, from 0 on"
+                )
         if self.layer.head_size is None and self.hidden_size % self.attention_heads:
             raise ConfigError(
                 f"{where}: hidden_size {self.hidden_size} is not a multiple of "

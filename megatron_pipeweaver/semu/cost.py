@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import prod
 
+from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.semu.devices import DeviceProfile, Factors
 from megatron_pipeweaver.semu.work import NO_WORK, Operator, OperatorClass, Phase, Queue, Work
 
@@ -23,6 +24,16 @@ CostRule = Callable[[Operator, Phase], int | None]
 def ceil_div(amount: int, rate: int) -> int:
     """``amount / rate``, rounded up."""
     return -(-amount // rate)
+
+
+def _checked(found: int, operator: Operator, phase: Phase) -> int:
+    """What a user's rule says, if it is a time."""
+    if type(found) is not int or found < 0:
+        raise ConfigError(
+            f"own latency rule for {operator.kind.value}, operator {operator.name!r}, {phase}: "
+            f"returned {found!r}; return whole nanoseconds, or None to leave it to SEMU"
+        )
+    return found
 
 
 class OperatorCosts:
@@ -55,7 +66,7 @@ class OperatorCosts:
         if rule is not None:
             found = rule(operator, phase)
             if found is not None:
-                return found
+                return _checked(found, operator, phase)
         return self.work_ns(work, operator.kind, operator.queue, phase)
 
     def work_ns(

@@ -25,7 +25,7 @@ from megatron_pipeweaver.semu.strategies import (
     weight_grads_apart,
 )
 from megatron_pipeweaver.semu.training import backward_graph, forward_graph
-from megatron_pipeweaver.semu.work import NO_WORK, OperatorClass, Phase, Queue, Subgraph, Work
+from megatron_pipeweaver.semu.work import Operator, OperatorClass, Phase, Queue, Subgraph, Work
 
 DEFAULT_STRATEGIES = (LayerStrategy.KEEP, LayerStrategy.RECOMPUTE)
 _COST_FIELDS = tuple(field.name for field in fields(GraphCost))
@@ -100,8 +100,9 @@ class AnalyticCostModel:
         return self.work_ns(work, OperatorClass.SEND, Queue.PIPELINE_LINK)
 
     def work_ns(self, work: Work, kind: OperatorClass, queue: Queue = Queue.COMPUTE) -> int:
-        """Latency of `work` on this device; 0 where there is none."""
-        return 0 if work == NO_WORK else self._costs.work_ns(work, kind, queue)
+        """Latency of `work` on this device, by a rule for its kind too; 0 where there is none."""
+        one = Operator(name=kind.value, kind=kind, inputs=(), outputs=(), forward=work, queue=queue)
+        return self._costs.latency_ns(one, Phase.FORWARD)
 
     def working_bytes(self, module: ModuleSpec, stage: StageShape, load: Load) -> int:
         """Device memory that a stage needs for a while, beyond what its strategies hold.

@@ -102,7 +102,7 @@ def measure(
     sizes: Iterable[tuple[int, int]] | None = None,
     repeats: int = 7,
 ) -> list[Sample]:
-    """Measure linears, norms, activations, products, attentions and copies of ``rows x width`` inputs.
+    """Measure linears, norms, activations, products, attentions, lookups and copies.
 
     Args:
         device: ``cpu`` (single precision, dense attention) or ``cuda`` (bf16, fused attention).

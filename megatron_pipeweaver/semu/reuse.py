@@ -89,11 +89,16 @@ class DiskCache:
 
     Args:
         path: the file; it need not exist yet.
+
+    Raises:
+        ConfigError: `path` is a folder.
     """
 
     __slots__ = ("_entries", "_fresh", "hits", "misses", "path")
 
     def __init__(self, path: Path) -> None:
+        if path.is_dir():
+            raise ConfigError(f"cost cache {path} is a folder; name a file")
         self.path = path
         self._entries = _read_entries(path)
         self._fresh: dict[str, tuple[int, ...]] = {}

@@ -36,8 +36,11 @@ class MeasuredTable:
 
     def __post_init__(self) -> None:
         for phase, points in self.points.items():
-            if not points or min(min(point) for point in points) < 0:
-                raise ConfigError(f"measured table, {phase}: give points, none of them below 0")
+            numbers = [number for point in points for number in point]
+            if not numbers or any(type(one) is not int or one < 0 for one in numbers):
+                raise ConfigError(
+                    f"measured table, {phase}: give points of whole numbers, none of them below 0"
+                )
             if any(before[0] >= after[0] for before, after in pairwise(points)):
                 raise ConfigError(f"measured table, {phase}: amounts must grow from point to point")
 

@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_pipeweaver.errors import ConfigError
-from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleKind, ModuleSpec
+from megatron_pipeweaver.ir.lmm import LayerOptions, ModelSpec, ModuleKind, ModuleSpec
 
 
 def module(name="vision", **changes):
@@ -38,6 +38,12 @@ def test_modules_find_each_other():
         ({"name": "clip2"}, "does not end in a digit"),
         ({"name": "a b"}, "a name is an identifier"),
         ({"layers": 0}, "layers is 0; it must be >= 1"),
+        ({"layers": 10**12}, "layers is 1000000000000; it must be at most 10000"),
+        (
+            {"layer": LayerOptions(full_attention_layers=(1, 4))},
+            "full_attention_layers names layer 4; there are 4, from 0 on",
+        ),
+        ({"layer": LayerOptions(tap_layers=(9,))}, "tap_layers names layer 9; there are 4"),
         ({"kv_groups": 0}, "kv_groups is 0"),
         ({"hidden_size": 63}, "hidden_size 63 is not a multiple of attention_heads 4"),
         ({"kv_groups": 3}, "attention_heads 4 is not a multiple of kv_groups 3"),

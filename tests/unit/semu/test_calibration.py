@@ -6,11 +6,13 @@ import pytest
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.semu.calibration import (
+    CheckpointSample,
     LayerSample,
     Sample,
     calibrate,
     non_negative_fit,
     relative_error,
+    with_checkpoint_times,
     with_layer_times,
 )
 from megatron_pipeweaver.semu.cost import OperatorCosts
@@ -203,6 +205,7 @@ def test_measured_operators_can_be_fitted() -> None:
         OperatorClass.ATTENTION,
         OperatorClass.SOFTMAX,
         OperatorClass.HOST_COPY,
+        OperatorClass.EMBEDDING,
     }
     for one in samples:
         assert one.times_ns[Phase.FORWARD] > 0
@@ -218,3 +221,24 @@ def test_importing_the_emulator_does_not_load_torch() -> None:
         "megatron_pipeweaver.partition.tune; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_checkpoints_take_is_what_is_left_over_and_outliers_do_not_count() -> None:
+    samples = [
+        CheckpointSample(
+            checkpoints=count,
+            emulated_forward_ns=1000,
+            emulated_backward_ns=5000,
+            forward_ns=1000 + 30 * count,
+            backward_ns=5000 + 70 * count + late,
+        )
+        for count, late in ((2, 0), (4, 0), (4, 0), (6, 90_000))
+    ]
+    fitted = with_checkpoint_times(PROFILE, samples)
+    assert (fitted.checkpoint_forward_ns, fitted.checkpoint_backward_ns) == (30, 70)
+    assert fitted.has_layer_factors
+    assert profile_from_json(profile_to_json(fitted), "fitted") == fitted
+    fast = [replace(one, forward_ns=10, backward_ns=10) for one in samples]
+    assert with_checkpoint_times(PROFILE, fast) == PROFILE
+    with pytest.raises(ConfigError, match="something runs again"):
+        with_checkpoint_times(PROFILE, [replace(samples[0], checkpoints=0)])

@@ -1,3 +1,6 @@
+import pytest
+
+from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.cluster import DeviceSpec
 from megatron_pipeweaver.semu.cost import OperatorCosts
 from megatron_pipeweaver.semu.devices import DeviceProfile, Factors
@@ -74,6 +77,13 @@ def test_rules_of_a_user_come_first() -> None:
     assert costs.latency_ns(_operator(Work(flops=1)), Phase.FORWARD) == 42
     assert costs.latency_ns(_operator(Work(flops=5000)), Phase.FORWARD) == 5
     assert asked == [("one", Phase.FORWARD)] * 2
+
+
+@pytest.mark.parametrize("found", [-1, 1.5, float("nan"), True, "7"])
+def test_rules_that_return_no_time_are_refused_by_name(found: object) -> None:
+    costs = _costs(rules={OperatorClass.MATMUL: lambda operator, phase: found})
+    with pytest.raises(ConfigError, match=r"rule for matmul, operator 'one', forward: returned"):
+        costs.latency_ns(_operator(Work(flops=1)), Phase.FORWARD)
 
 
 def test_no_work_takes_no_time_whatever_the_overhead() -> None:

@@ -12,7 +12,7 @@ from megatron_pipeweaver.semu.layers import transformer_layer
 from megatron_pipeweaver.semu.model import AnalyticCostModel
 from megatron_pipeweaver.semu.options import Attention, RunOptions
 from megatron_pipeweaver.semu.strategies import recomputed
-from megatron_pipeweaver.semu.work import Phase, Queue
+from megatron_pipeweaver.semu.work import OperatorClass, Phase, Queue, Work
 
 LOAD = Load(sequence=256, batch=2, lengths=(256, 256), output_tokens=128)
 MIDDLE = StageShape(layers=3, is_first=False, is_last=False)
@@ -184,3 +184,10 @@ def test_offloaded_layers_leave_the_device_and_hide_their_copies() -> None:
 def test_larger_messages_take_longer() -> None:
     costs = _costs()
     assert 0 < costs.p2p_latency_ns(1) < costs.p2p_latency_ns(10**9)
+
+
+def test_rules_hold_for_messages_and_the_optimizer_as_well() -> None:
+    rules = {OperatorClass.SEND: lambda operator, phase: 77}
+    costs = AnalyticCostModel(load_device("H100"), RunOptions(), rules=rules)
+    assert costs.p2p_latency_ns(1 << 20) == 77
+    assert costs.work_ns(Work(memory_bytes=1 << 20), OperatorClass.OPTIMIZER) > 77

@@ -125,7 +125,7 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:
         cache.save()
 
 
-@pytest.mark.parametrize("damage", ["cut", "digit", "text", "format", "folder"])
+@pytest.mark.parametrize("damage", ["cut", "digit", "text", "format"])
 def test_damaged_files_are_left_out_and_written_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
@@ -140,19 +140,14 @@ def test_damaged_files_are_left_out_and_written_anew(
         "text": b"\xff\xfe",
         "format": data.replace(b"semu_cache/2", b"semu_cache/9"),
     }
-    if damage == "folder":
-        path.unlink()
-        path.mkdir()
-    else:
-        assert changed[damage] != data
-        path.write_bytes(changed[damage])
+    assert changed[damage] != data
+    path.write_bytes(changed[damage])
     with caplog.at_level(logging.WARNING):
         again = DiskCache(path)
     assert "cache" in caplog.text
     assert again.get("key", lambda: _strategy(7)) == _strategy(7)
-    if damage != "folder":
-        again.save()
-        assert DiskCache(path).get("key", _refuse) == _strategy(7)
+    again.save()
+    assert DiskCache(path).get("key", _refuse) == _strategy(7)
 
 
 def test_models_share_subgraphs_through_the_disk(tmp_path: Path) -> None:
@@ -199,3 +194,39 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path) -> None:
     assert DiskCache(path).get("first", _refuse) == _strategy(7)
     cache.save()  # there is room again, and nothing was lost
     assert DiskCache(path).get("key 3", _refuse) == _strategy(1)
+
+
+_KILLED = """
+import fcntl, os, signal, sys
+from megatron_pipeweaver.semu import reuse
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)  # the lock is held, and the new file half written
+
+reuse.os.fdopen = die
+cache = reuse.DiskCache(reuse.Path(sys.argv[1]))
+cache.get("lost", lambda: (1,))
+cache.save()
+"""
+
+
+def test_a_writer_that_is_killed_leaves_the_file_and_the_lock_to_others(tmp_path: Path) -> None:
+    path = tmp_path / "cache.json"
+    cache = DiskCache(path)
+    cache.get("kept", lambda: _strategy(1))
+    cache.save()
+    killed = subprocess.run([sys.executable, "-c", _KILLED, str(path)], timeout=60, check=False)
+    assert killed.returncode == -9
+    other = DiskCache(path)
+    other.get("new", lambda: _strategy(2))
+    other.save()
+    found = DiskCache(path)
+    assert found.get("kept", _refuse) == _strategy(1)
+    assert found.get("new", _refuse) == _strategy(2)
+
+
+def test_a_folder_in_place_of_a_cache_is_refused_before_anything_is_emulated(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ConfigError, match="is a folder; name a file"):
+        DiskCache(tmp_path)

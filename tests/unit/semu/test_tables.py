@@ -42,7 +42,10 @@ def test_phases_without_points_are_left_to_semu() -> None:
     assert TABLE(_operator(150), Phase.INPUT_GRAD) is None
 
 
-@pytest.mark.parametrize("points", [(), ((5, 1), (5, 2)), ((-1, 5),)])
+@pytest.mark.parametrize(
+    "points",
+    [(), ((5, 1), (5, 2)), ((-1, 5),), ((float("nan"), 5),), ((5, float("nan")),), ((5, 1.5),)],
+)
 def test_broken_tables_are_refused(points: tuple[tuple[int, int], ...]) -> None:
     with pytest.raises(ConfigError, match="measured table"):
         MeasuredTable(measure=Measure.FLOPS, points={Phase.FORWARD: points})
