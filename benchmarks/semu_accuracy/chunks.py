@@ -99,21 +99,22 @@ CASES = {
             held_out=_lengths(81, 144, 169, 225),
         ),
     ),
+    # Large enough that a GPU works longer than the host needs to tell it what to do.
     "cuda": (
         ChunkCase(
-            module=_module(ModuleKind.VISION, "1280 5120 16 16", layer=LayerOptions(rotary=False)),
-            seen=((576, 4), (1024, 4), (1024, 8), (2704, 2)),
-            held_out=((576, 12), (1024, 2), (1600, 4), (2704, 1)),
+            module=_module(ModuleKind.VISION, "1792 15360 16 16", layer=LayerOptions(rotary=False)),
+            seen=((576, 8), (1024, 8), (1024, 12), (2704, 2), (2704, 4)),
+            held_out=((576, 12), (1024, 6), (1600, 4), (2704, 3)),
         ),
         ChunkCase(
             module=_module(ModuleKind.LANGUAGE, "4096 14336 32 8", gated_mlp=True),
-            seen=((1024, 1), (2048, 1), (2048, 2), (4096, 1)),
-            held_out=((1536, 1), (3072, 1), (1024, 2), (1536, 2)),
+            seen=((2048, 1), (2048, 2), (4096, 1), (1024, 4)),
+            held_out=((2560, 1), (3072, 1), (1024, 3), (1536, 2)),
         ),
         ChunkCase(
             module=_module(ModuleKind.DIFFUSION, "3072 8192 24 24", layer=_dit(3072)),
-            seen=_lengths(1024, 2048, 3072, 4096),
-            held_out=_lengths(1536, 1792, 2560, 3584),
+            seen=_lengths(2048, 3072, 4096, 6144),
+            held_out=_lengths(2560, 3584, 4608, 5120),
         ),
     ),
 }

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.semu_accuracy.chunks import LAYERS, STRATEGIES, LayersChunk, cases, one_rank
 from benchmarks.semu_accuracy.whole import whole_chunks
-from benchmarks.semu_accuracy.work import Chunk, Size, Weight
+from benchmarks.semu_accuracy.work import Chunk, Size, Times, Weight
 from megatron_pipeweaver.errors import PipeWeaverError
 from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.semu.architecture import layer_spec
@@ -54,6 +54,8 @@ OPERATOR_SIZES = {
     "cuda": [(rows, width) for width in (1280, 3072, 4096) for rows in (1024, 2048, 3072, 4096)],
 }
 MIB = 1 << 20
+HOST_BOUND = 0.02
+"""A share of the time; a GPU that lags behind the host by less is waiting for it."""
 
 
 @dataclass(slots=True)
@@ -63,12 +65,24 @@ class Timed:
     chunk: Chunk
     size: Size
     strategy: LayerStrategy = LayerStrategy.KEEP
-    forward: list[int] = field(default_factory=list)
-    backward: list[int] = field(default_factory=list)
+    times: list[Times] = field(default_factory=list)
+
+    def forward_ns(self) -> int:
+        """Median of the forward."""
+        return round(statistics.median(one.forward_ns for one in self.times))
+
+    def backward_ns(self) -> int:
+        """Median of the backward."""
+        return round(statistics.median(one.backward_ns for one in self.times))
 
     def both_ns(self) -> float:
         """Median of forward plus backward."""
-        return statistics.median(map(sum, zip(self.forward, self.backward, strict=True)))
+        return statistics.median(one.both_ns for one in self.times)
+
+    def bound_by_host(self) -> bool:
+        """Whether a GPU had as good as nothing left to do when the host had issued everything."""
+        waited = statistics.median(one.waited_ns / one.both_ns for one in self.times)
+        return self.chunk.device == "cuda" and waited < HOST_BOUND
 
     def costs(self, model: AnalyticCostModel) -> StageCosts:
         """What SEMU says of the stage pair."""
@@ -123,10 +137,9 @@ def timed_rounds(rounds: int, probes: ProbeRounds, chunks: Sequence[Timed]) -> N
             if one is None:
                 probes.run_one(index)
                 continue
-            forward, backward = one.chunk.time_ns(one.size, one.strategy, probes.clock)
+            times = one.chunk.times(one.size, one.strategy, probes.clock)
             if number:
-                one.forward.append(forward)
-                one.backward.append(backward)
+                one.times.append(times)
 
 
 def layer_samples(costs: AnalyticCostModel, seen: Sequence[Timed]) -> list[LayerSample]:
@@ -136,8 +149,8 @@ def layer_samples(costs: AnalyticCostModel, seen: Sequence[Timed]) -> list[Layer
             layers=LAYERS,
             emulated_forward_ns=forward,
             emulated_backward_ns=backward,
-            forward_ns=round(statistics.median(one.forward)),
-            backward_ns=round(statistics.median(one.backward)),
+            forward_ns=one.forward_ns(),
+            backward_ns=one.backward_ns(),
         )
         for one in seen
         for forward, backward in [one.predicted_ns(costs)]
@@ -160,8 +173,8 @@ def checkpoint_samples(costs: AnalyticCostModel, seen: Sequence[Timed]) -> list[
                 checkpoints=LAYERS * checkpoints(one.strategy, graph),
                 emulated_forward_ns=forward,
                 emulated_backward_ns=backward,
-                forward_ns=round(statistics.median(one.forward)),
-                backward_ns=round(statistics.median(one.backward)),
+                forward_ns=one.forward_ns(),
+                backward_ns=one.backward_ns(),
             )
         )
     return found
@@ -183,7 +196,15 @@ def report(arguments: argparse.Namespace) -> str:
     options = options_of(device)
     sizes = OPERATOR_SIZES[device][:: 4 if arguments.small else 1]
     base = load_device(arguments.base or "cpu")
-    plain = replace(base, layer_forward_ns=0, layer_backward_ns=0)
+    plain = replace(
+        base,
+        layer_forward_ns=0,
+        layer_backward_ns=0,
+        layer_forward_permille=1000,
+        layer_backward_permille=1000,
+        checkpoint_forward_ns=0,
+        checkpoint_backward_ns=0,
+    )
     lines = [
         f"{platform.machine()}, {os.cpu_count()} cores, {device}, torch {torch.__version__}, "
         f"{arguments.repeats} rounds, load {os.getloadavg()[0]:.1f}"
@@ -236,8 +257,8 @@ def time_lines(costs: AnalyticCostModel, held_out: Sequence[Timed]) -> list[str]
         error = sum(predicted) / measured - 1
         errors.setdefault((one.strategy, one.chunk.name), []).append(error)
         sides = [
-            f"{ns / statistics.median(times) - 1:+.1%}"
-            for ns, times in zip(predicted, (one.forward, one.backward), strict=True)
+            f"{ns / times - 1:+.1%}"
+            for ns, times in zip(predicted, (one.forward_ns(), one.backward_ns()), strict=True)
         ]
         times = [f"{measured / 1e6:.2f}", f"{sum(predicted) / 1e6:.2f}", f"{error:+.1%}"]
         rows.append([*_names(one), *times, *sides])
@@ -274,8 +295,15 @@ def time_lines(costs: AnalyticCostModel, held_out: Sequence[Timed]) -> list[str]
         f"- time, whole DiT chunks, every strategy: {mean('whole diffusion')}",
         f"- time, layers alone, every strategy: {mean('layers')}",
         f"- time, all chunks and strategies: {mean()}",
+        *host_bound_lines(held_out),
         "",
     ]
+
+
+def host_bound_lines(held_out: Sequence[Timed]) -> list[str]:
+    """Says which chunks a GPU ran faster than the host could issue them, if any."""
+    slow = [" ".join(_names(one)) for one in held_out if one.bound_by_host()]
+    return [f"- bound by the host, not the GPU: {'; '.join(slow)}"] if slow else []
 
 
 def _names(one: Timed) -> list[str]:

@@ -1,6 +1,7 @@
 """A chunk of real layers under a memory strategy: timed, weighed."""
 
 import abc
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,6 +44,24 @@ class Weight:
     peak_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """One forward and one backward.
+
+    `waited_ns` is how long the host waited for the device behind the last calls of both. Where it
+    did not wait, the device waited for the host, and times are the framework's.
+    """
+
+    forward_ns: int
+    backward_ns: int
+    waited_ns: int
+
+    @property
+    def both_ns(self) -> int:
+        """Forward plus backward."""
+        return self.forward_ns + self.backward_ns
+
+
 class Chunk(abc.ABC):
     """Real layers, at any size under any strategy.
 
@@ -78,20 +97,25 @@ class Chunk(abc.ABC):
         """Random values on the chunk's device."""
         return torch.randn(*shape, device=self.device, dtype=self.dtype)
 
-    def time_ns(self, size: Size, strategy: LayerStrategy, clock: Clock) -> tuple[int, int]:
+    def times(self, size: Size, strategy: LayerStrategy, clock: Clock) -> Times:
         """Forward and backward, once."""
         offload = HostOffload(self._stream)
         ready = self.made(size, strategy, offload)
         start = clock.now_ns()
         output = ready.run()
+        issued = time.perf_counter_ns()
         middle = clock.now_ns()
+        waited = time.perf_counter_ns() - issued
         start_backward = _backward_of(output)
         del output
         again = clock.now_ns()
         offload.prefetch()
         start_backward()
         offload.finish()
-        return middle - start, clock.now_ns() - again
+        issued = time.perf_counter_ns()
+        end = clock.now_ns()
+        waited += time.perf_counter_ns() - issued
+        return Times(forward_ns=middle - start, backward_ns=end - again, waited_ns=waited)
 
     def weigh(self, size: Size, strategy: LayerStrategy) -> Weight:
         """What is kept from the forward to the backward, and the peak of both."""

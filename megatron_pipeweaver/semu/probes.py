@@ -31,8 +31,8 @@ from megatron_pipeweaver.semu.operators import (
 from megatron_pipeweaver.semu.options import Attention, RunOptions
 from megatron_pipeweaver.semu.work import Operator, Phase
 
-_LEAST_NS = 300_000
-"""Shorter operators run several times between two looks at the clock."""
+_LEAST_NS = {"cpu": 300_000, "cuda": 3_000_000}
+"""Shorter operators run several times between two looks at the clock, which waits for a GPU."""
 _TABLE = 8
 _HEAD_SIZES = {"cpu": 32, "cuda": 128}
 
@@ -150,6 +150,7 @@ class ProbeRounds:
                 "calibration: this machine has no CUDA device; measure the cpu instead"
             )
         self._torch = torch
+        self._device = device
         self.clock = Clock(torch.cuda.synchronize if device == "cuda" else None)
         maker = _Maker(torch, device, options or _usual_options(device))
         self._probes = [probe for rows, width in sizes for probe in _probes(maker, rows, width)]
@@ -166,7 +167,7 @@ class ProbeRounds:
             self._torch.autograd.backward(output, gradient)
         start = self.clock.now_ns()
         probe.run()
-        loops = 1 + _LEAST_NS // max(1, self.clock.now_ns() - start)
+        loops = 1 + _LEAST_NS[self._device] // max(1, self.clock.now_ns() - start)
         return _Times(loops=loops, gradient=gradient, phases={phase: [] for phase in Phase})
 
     def run(self) -> None:
