@@ -27,7 +27,7 @@ from benchmarks.ablation.jobs import (
 )
 from megatron_pipeweaver.compiler.check import check_schedule
 from megatron_pipeweaver.config import SECOND_NS, SearchConfig
-from megatron_pipeweaver.ir.layout import ChunkLayout
+from megatron_pipeweaver.ir.layout import ChunkLayout, layers_text
 from megatron_pipeweaver.partition.balance import Balance, Workbench, balance_layout
 from megatron_pipeweaver.partition.candidates import PerLayerCosts
 from megatron_pipeweaver.partition.offline import Partition
@@ -134,13 +134,6 @@ def _rows(case: str, bench: Bench, search: SearchConfig) -> list[tuple[object, .
     ratio = total["searched"] / total["paper"]
     print(f"{case}: {layers_text(found.layout)} in {seconds:.1f} s: {ratio:.4f}", flush=True)
     return rows
-
-
-def layers_text(layout: ChunkLayout) -> str:
-    """``vision 16:16:16:15, language 8:8:8:8``; a module's segments behind one another."""
-    return ", ".join(
-        f"{one.module} {one.segments} x {':'.join(map(str, one.layers))}" for one in layout.modules
-    )
 
 
 def _print_table(path: Path) -> None:

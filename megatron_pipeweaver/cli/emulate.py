@@ -10,11 +10,13 @@ from megatron_pipeweaver.cli.search_flags import add_search_arguments, search_co
 from megatron_pipeweaver.compiler.check import check_schedule
 from megatron_pipeweaver.config import SearchConfig
 from megatron_pipeweaver.ir.cluster import ParallelSizes
+from megatron_pipeweaver.ir.layout import layers_text
 from megatron_pipeweaver.ir.problem import Problem
 from megatron_pipeweaver.ir.schedule import Schedule
-from megatron_pipeweaver.partition.offline import Partition
+from megatron_pipeweaver.partition.balance import Balance, Probes
 from megatron_pipeweaver.partition.tune import Candidate, Job, Scheduler, evaluate
 from megatron_pipeweaver.search.anytime import solve
+from megatron_pipeweaver.search.brief import brief_searches
 from megatron_pipeweaver.semu.reuse import DiskCache, Reuse
 from megatron_pipeweaver.view.report import format_table
 from megatron_pipeweaver.view.units import milliseconds, percent, size
@@ -26,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("job", type=Path, help="a pipeweaver.job/1 file")
     add_cache_argument(parser)
+    add_balance_argument(parser)
     add_search_arguments(parser)
 
 
@@ -39,14 +42,35 @@ def add_cache_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_balance_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare whether the cut is searched."""
+    parser.add_argument(
+        "--balance",
+        action="store_true",
+        help="search segments and layers per stage, by the schedules of expected batches",
+    )
+
+
+def balance_probes(args: argparse.Namespace, config: SearchConfig) -> Probes | None:
+    """The brief searches that ``--balance`` asks for."""
+    return brief_searches(config) if args.balance else None
+
+
 def run(args: argparse.Namespace) -> int:
     """Cut, schedule, emulate, print; the exit code."""
     config = search_config(args)
     file = load_job(args.job)
     reuse, disk = Reuse(), None if args.cache is None else DiskCache(args.cache)
-    found = evaluate(file.job, file.parallel, searched(config), reuse=reuse, disk=disk)
+    found = evaluate(
+        file.job,
+        file.parallel,
+        searched(config),
+        reuse=reuse,
+        disk=disk,
+        balance=balance_probes(args, config),
+    )
     print(f"{heading(file.job, file.parallel.world_size)}: {sizes(found.parallel)}")
-    print(f"{cut(found.partition)}\n")
+    print(f"{cut(found)}\n")
     print(f"{_totals(found)}\n\n{_times(found)}\n\n{_memory(found, file.job)}")
     print(f"\n{kept(reuse, disk)}")
     return 0
@@ -90,11 +114,22 @@ def sizes(parallel: ParallelSizes) -> str:
     return ", ".join(f"{name} {count}" for name, count in shown.items())
 
 
-def cut(partition: Partition) -> str:
-    """Segments by module, and sub-microbatch sizes by encoder."""
-    segments = ", ".join(f"{one.module} {one.segments}" for one in partition.layout.modules)
-    items = ", ".join(f"{name} {count}" for name, count in partition.sub_microbatch.items())
-    return f"segments: {segments}; largest sub-microbatch: {items or 'no items'}"
+def cut(found: Candidate) -> str:
+    """Segments by module, sub-microbatch sizes by encoder, and what searching the cut brought."""
+    segments = ", ".join(f"{one.module} {one.segments}" for one in found.partition.layout.modules)
+    items = ", ".join(f"{name} {count}" for name, count in found.partition.sub_microbatch.items())
+    text = f"segments: {segments}; largest sub-microbatch: {items or 'no items'}"
+    if found.balance is None:
+        return text
+    layers = layers_text(found.partition.layout)
+    return f"{text}\nlayers per stage: {layers}; {brought(found.balance)}"
+
+
+def brought(balance: Balance) -> str:
+    """By how much a cut that was searched shortens batches that the search had not seen."""
+    if not balance.gain:
+        return "the paper's cut, none was clearly better"
+    return f"searched, {percent(balance.gain)} shorter iterations than the paper's cut"
 
 
 def _totals(found: Candidate) -> str:

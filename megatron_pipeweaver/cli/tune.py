@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_pipeweaver.cli.emulate import add_cache_argument, cut, heading, kept, searched
+from megatron_pipeweaver.cli.emulate import (
+    add_balance_argument,
+    add_cache_argument,
+    balance_probes,
+    cut,
+    heading,
+    kept,
+    searched,
+)
 from megatron_pipeweaver.cli.job_files import load_job
 from megatron_pipeweaver.cli.search_flags import add_search_arguments, search_config
 from megatron_pipeweaver.errors import ConfigError
@@ -39,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="expert-parallel sizes to try (default: all that divide the experts)",
     )
     add_cache_argument(parser)
+    add_balance_argument(parser)
     add_search_arguments(parser)
 
 
@@ -60,10 +69,18 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     reuse, disk = Reuse(), None if args.cache is None else DiskCache(args.cache)
-    found = tune(file.job, file.ranks, searched(config), choices=choices, reuse=reuse, disk=disk)
+    found = tune(
+        file.job,
+        file.ranks,
+        searched(config),
+        choices=choices,
+        reuse=reuse,
+        disk=disk,
+        balance=balance_probes(args, config),
+    )
     print(f"{heading(file.job, file.ranks)}: {len(found)} candidates fit\n")
     print(_table(found[: args.top]))
-    print(f"\nthe first one has {cut(found[0].partition)}\n\n{kept(reuse, disk)}")
+    print(f"\nthe first one has {cut(found[0])}\n\n{kept(reuse, disk)}")
     return 0
 
 

@@ -112,3 +112,8 @@ class ChunkLayout:
                 return before + stage // self.pipeline_size
             before += one.segments
         raise ConfigError(f"the layout has no module {module!r}")
+
+
+def layers_text(layout: ChunkLayout) -> str:
+    """``vision=16:16:16:15,language=8:8:8:8``: every module's layers per stage."""
+    return ",".join(f"{one.module}={':'.join(map(str, one.layers))}" for one in layout.modules)

@@ -67,6 +67,14 @@ class Probes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fixed:
+    """Modules whose number of segments, or whose layers per stage, somebody has chosen."""
+
+    segments: frozenset[str] = frozenset()
+    layers: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Balance:
     """The layout that stands, and the mean makespans (ns) of the first one and of it, held out."""
 
@@ -130,7 +138,7 @@ def balance_layout(
     pool: Sequence[MicrobatchMetadata],
     microbatches: int,
     probes: Probes,
-    fixed_segments: Iterable[str] = (),
+    fixed: Fixed = Fixed(),
 ) -> Balance:
     """The cut that schedules of expected batches ask for, or `start` if none is clearly better.
 
@@ -140,15 +148,15 @@ def balance_layout(
         pool: microbatches as training will see them, which batches are drawn from.
         microbatches: of one replica's batch.
         probes: the brief searches.
-        fixed_segments: modules whose number of segments stays.
+        fixed: what stays as it is.
 
     Raises:
         InfeasibleError: `start` does not fit.
     """
     batches = expected_batches(pool, microbatches, _SEEN + _HELD_OUT)
     seen = _Judge(bench, batches[:_SEEN], probes.walk)
-    recut = _walk(seen, start, _Recuts(bench.model, fixed_segments), _SEGMENT_GAIN_PERMILLE)
-    moved = _walk(seen, recut, _layer_moves, _LAYER_GAIN_PERMILLE)
+    recut = _walk(seen, start, _Recuts(bench.model, fixed), _SEGMENT_GAIN_PERMILLE)
+    moved = _walk(seen, recut, _LayerMoves(fixed), _LAYER_GAIN_PERMILLE)
     verdict = _Judge(bench, batches[_SEEN:], probes.verdict)
     before = verdict(start)
     found = {layout: verdict(layout) for layout in (start, recut, moved)}
@@ -226,12 +234,13 @@ class _Recuts:
 
     __slots__ = ("_free", "_model")
 
-    def __init__(self, model: ModelSpec, fixed: Iterable[str]) -> None:
+    def __init__(self, model: ModelSpec, fixed: Fixed) -> None:
         self._model = model
-        self._free = [one.name for one in model.modules if one.name not in set(fixed)]
+        stays = fixed.segments | fixed.layers
+        self._free = [one.name for one in model.modules if one.name not in stays]
 
     def __call__(self, layout: ChunkLayout, outcome: Outcome) -> Iterator[ChunkLayout]:
-        """See the class."""
+        """See the class; `outcome` does not matter."""
         del outcome
         most = segment_limits(self._model, layout.pipeline_size)
         counts = {one.module: one.segments for one in layout.modules}
@@ -242,26 +251,37 @@ class _Recuts:
             for step in (1, -1):
                 wanted = counts | {name: counts[name] + step for name in group}
                 if all(1 <= wanted[name] <= most[name] for name in group):
-                    yield make_layout(self._model, layout.pipeline_size, wanted)
-
-
-def _layer_moves(layout: ChunkLayout, outcome: Outcome) -> Iterator[ChunkLayout]:
-    """Neighbours with one layer fewer on a busy rank, and one more on an idle one.
-
-    It leaves the rank's longest stage of the module for the other rank's shortest one.
-    """
-    ranks = sorted(range(layout.pipeline_size), key=lambda rank: -outcome.busy_ns[rank])
-    for giving in ranks[:_GIVING]:
-        for taking in reversed(ranks[_GIVING:][-_TAKING:]):
-            for index, cut in enumerate(layout.modules):
-                moved = _moved(cut, layout.pipeline_size, giving, taking)
-                if moved is not None:
-                    modules = (*layout.modules[:index], moved, *layout.modules[index + 1 :])
+                    even = make_layout(self._model, layout.pipeline_size, wanted)
+                    cuts = {one.module: one for one in even.modules if one.module in group}
+                    modules = tuple(cuts.get(one.module, one) for one in layout.modules)
                     yield replace(layout, modules=modules)
 
 
+class _LayerMoves:
+    """Neighbours with one layer fewer on a busy rank, and one more on an idle one."""
+
+    __slots__ = ("_fixed",)
+
+    def __init__(self, fixed: Fixed) -> None:
+        self._fixed = fixed.layers
+
+    def __call__(self, layout: ChunkLayout, outcome: Outcome) -> Iterator[ChunkLayout]:
+        """See the class; `outcome` tells how busy the ranks are."""
+        ranks = sorted(range(layout.pipeline_size), key=lambda rank: -outcome.busy_ns[rank])
+        for giving in ranks[:_GIVING]:
+            for taking in reversed(ranks[_GIVING:][-_TAKING:]):
+                for cut in layout.modules:
+                    moved = _moved(cut, layout.pipeline_size, giving, taking)
+                    if moved is not None and cut.module not in self._fixed:
+                        modules = tuple(moved if one is cut else one for one in layout.modules)
+                        yield replace(layout, modules=modules)
+
+
 def _moved(cut: ModuleLayout, pipeline_size: int, giving: int, taking: int) -> ModuleLayout | None:
-    """`cut` with a layer moved between two ranks; `None` where the stage would be left empty."""
+    """`cut` with a layer moved from the longest stage of one rank to another's shortest one.
+
+    `None` where that would leave the stage without layers.
+    """
     stages = range(len(cut.layers))
     longest = max(stages[giving::pipeline_size], key=lambda stage: cut.layers[stage])
     shortest = min(stages[taking::pipeline_size], key=lambda stage: cut.layers[stage])

@@ -118,3 +118,40 @@ def make_layout(model: ModelSpec, pipeline_size: int, segments: Mapping[str, int
             )
         )
     return ChunkLayout(pipeline_size=pipeline_size, modules=tuple(cuts))
+
+
+def cut_as_given(
+    layout: ChunkLayout, model: ModelSpec, layers: Mapping[str, tuple[int, ...]]
+) -> ChunkLayout:
+    """`layout` with the stages of some modules as somebody has chosen them.
+
+    Args:
+        layout: the other modules' cut.
+        model: the modules.
+        layers: layers per stage, by module; pipeline ranks times segments of them.
+
+    Raises:
+        ConfigError: a module is not cut into whole segments, or has another number of layers.
+    """
+    cuts = []
+    for one in layout.modules:
+        given = layers.get(one.module, one.layers)
+        segments, rest = divmod(len(given), layout.pipeline_size)
+        whole = model.module(one.module).layers
+        if rest or not segments:
+            raise ConfigError(
+                f"layers of module {one.module!r}: {len(given)} stages on {layout.pipeline_size} "
+                "pipeline ranks; give as many per segment as there are ranks"
+            )
+        if sum(given) != whole:
+            raise ConfigError(
+                f"layers of module {one.module!r}: {sum(given)} in {len(given)} stages; "
+                f"it has {whole}"
+            )
+        if segments > 1 and not all(given):
+            raise ConfigError(
+                f"layers of module {one.module!r}: a stage without any, and {segments} segments; "
+                "give every stage one at least, or give fewer segments"
+            )
+        cuts.append(ModuleLayout(module=one.module, segments=segments, layers=given))
+    return ChunkLayout(pipeline_size=layout.pipeline_size, modules=tuple(cuts))

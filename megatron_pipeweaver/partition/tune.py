@@ -14,6 +14,13 @@ from megatron_pipeweaver.ir.lmm import ModelSpec
 from megatron_pipeweaver.ir.problem import PassKey, Problem
 from megatron_pipeweaver.ir.schedule import Schedule
 from megatron_pipeweaver.ir.strategy import LayerStrategy
+from megatron_pipeweaver.partition.balance import (
+    Balance,
+    Fixed,
+    Probes,
+    Workbench,
+    balance_layout,
+)
 from megatron_pipeweaver.partition.candidates import DEFAULT_CANDIDATES, PerLayerCosts
 from megatron_pipeweaver.partition.offline import Partition, partition_model
 from megatron_pipeweaver.partition.workload import loads, make_workload
@@ -34,6 +41,8 @@ Scheduler = Callable[[Problem], Schedule]
 """Makes a schedule; raises `InfeasibleError` where there is none."""
 
 _log = logging.getLogger(__name__)
+_BALANCED = 3
+"""So many of the fastest choices of parallel sizes have their cut searched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +67,15 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One way to run a job, and what its step costs: that of its slowest replica."""
+    """One way to run a job, and what its step costs: that of its slowest replica.
+
+    `balance` is what the search for the cut found, where it was asked for.
+    """
 
     parallel: ParallelSizes
     partition: Partition
     report: StepReport
+    balance: Balance | None = None
 
 
 def parallel_choices(
@@ -160,6 +173,7 @@ def tune(
     choices: Sequence[ParallelSizes] | None = None,
     reuse: Reuse | None = None,
     disk: DiskCache | None = None,
+    balance: Probes | None = None,
 ) -> tuple[Candidate, ...]:
     """All choices that fit, fastest first.
 
@@ -170,6 +184,7 @@ def tune(
         choices: the parallel sizes to try; all that fill `ranks` by default.
         reuse: where emulated results are kept.
         disk: those of earlier runs.
+        balance: brief searches by which the fastest few have their cut searched as well.
 
     Raises:
         InfeasibleError: nothing fits.
@@ -194,7 +209,14 @@ def tune(
             f"{job.device.spec.memory_bytes} bytes; use more ranks or a smaller model"
             + (f" (the last one: {refusals[-1]})" if refusals else "")
         )
-    return tuple(sorted(found, key=lambda one: one.report.iteration_ns))
+    found.sort(key=lambda one: one.report.iteration_ns)
+    if balance is not None:
+        found[:_BALANCED] = [
+            evaluate(job, one.parallel, schedule, reuse=shared, disk=disk, balance=balance)
+            for one in found[:_BALANCED]
+        ]
+        found.sort(key=lambda one: one.report.iteration_ns)
+    return tuple(found)
 
 
 def evaluate(
@@ -205,6 +227,7 @@ def evaluate(
     reuse: Reuse | None = None,
     disk: DiskCache | None = None,
     partition: Partition | None = None,
+    balance: Probes | None = None,
 ) -> Candidate:
     """One choice of parallel sizes: B_i and K_i by the paper's rules, schedules, step.
 
@@ -215,6 +238,7 @@ def evaluate(
         reuse: where emulated results are kept.
         disk: those of earlier runs.
         partition: B_i and K_i, where they are given.
+        balance: brief searches by which segments and layers per stage are searched from there.
 
     Raises:
         InfeasibleError: it does not fit into memory.
@@ -234,6 +258,10 @@ def evaluate(
         sub_microbatch=job.sub_microbatch,
         segments=job.segments,
     )
+    layered = PerLayerCosts(costs, job.strategies, job.candidates)
+    found = None if balance is None else _balanced(job, options, cut, costs, layered, balance)
+    if found is not None:
+        cut = replace(cut, layout=found.layout)
     replicas = [
         BatchMetadata(microbatches=job.microbatches[index :: parallel.data])
         for index in range(parallel.data)
@@ -241,18 +269,13 @@ def evaluate(
     # Replicas wait for each other when they exchange gradients: the one with most work decides.
     heaviest = max(replicas, key=lambda batch: batch_flops(job, batch, cut))
     reserve = working_bytes(job, heaviest, cut, costs)
-    capacity = activation_capacity_bytes(
-        job.device.spec.memory_bytes,
-        rank_state_bytes(job.model, cut.layout, options, job.optimizer),
-        reserve,
-    )
     workload = make_workload(
         heaviest,
         job.model,
         cut.layout,
         cut.sub_microbatch,
-        PerLayerCosts(costs, job.strategies, job.candidates),
-        capacity,
+        layered,
+        _capacity_bytes(job, options, cut.layout, reserve),
         parallel=parallel,
         element_bytes=options.element_bytes,
     )
@@ -267,7 +290,43 @@ def evaluate(
         optimizer=job.optimizer,
         loads=_loads_by_pass(job, heaviest, cut),
     )
-    return Candidate(parallel=parallel, partition=cut, report=report)
+    return Candidate(parallel=parallel, partition=cut, report=report, balance=found)
+
+
+def _capacity_bytes(
+    job: Job, options: RunOptions, layout: ChunkLayout, reserve: int
+) -> tuple[int, ...]:
+    states = rank_state_bytes(job.model, layout, options, job.optimizer)
+    return activation_capacity_bytes(job.device.spec.memory_bytes, states, reserve)
+
+
+def _balanced(
+    job: Job,
+    options: RunOptions,
+    cut: Partition,
+    costs: AnalyticCostModel,
+    layered: PerLayerCosts,
+    probes: Probes,
+) -> Balance:
+    """The cut by schedules of batches that are drawn from the job's microbatches."""
+    every = BatchMetadata(microbatches=job.microbatches)
+
+    def capacity_bytes(layout: ChunkLayout) -> tuple[int, ...]:
+        reserve = working_bytes(job, every, replace(cut, layout=layout), costs)
+        return _capacity_bytes(job, options, layout, reserve)
+
+    bench = Workbench(
+        model=job.model,
+        sub_microbatch=cut.sub_microbatch,
+        costs=layered,
+        capacity_bytes=capacity_bytes,
+        parallel=options.parallel,
+        element_bytes=options.element_bytes,
+    )
+    count = len(job.microbatches) // options.parallel.data
+    return balance_layout(
+        cut.layout, bench, job.microbatches, count, probes, Fixed(segments=frozenset(job.segments))
+    )
 
 
 def _loads_by_pass(job: Job, batch: BatchMetadata, partition: Partition) -> dict[PassKey, Load]:

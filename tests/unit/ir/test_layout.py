@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_pipeweaver.errors import ConfigError
-from megatron_pipeweaver.ir.layout import ChunkLayout, ModuleLayout
+from megatron_pipeweaver.ir.layout import ChunkLayout, ModuleLayout, layers_text
 
 VISION = ModuleLayout(module="vision", segments=2, layers=(1, 2, 0, 3))
 LANGUAGE = ModuleLayout(module="language", segments=1, layers=(4, 3))
@@ -65,3 +65,8 @@ def test_virtual_stage_is_the_place_in_the_chunk_list():
 def test_refusals(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_a_layouts_text_has_every_modules_layers() -> None:
+    layout = ChunkLayout(pipeline_size=2, modules=(VISION, LANGUAGE))
+    assert layers_text(layout) == "vision=1:2:0:3,language=4:3"

@@ -15,6 +15,7 @@ from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleKind, ModuleSpec
 from megatron_pipeweaver.ir.problem import Problem, Strategy
 from megatron_pipeweaver.partition.balance import (
     Balance,
+    Fixed,
     Outcome,
     Probe,
     Probes,
@@ -121,7 +122,14 @@ def cuts(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
 def test_no_cut_is_shorter_than_the_one_found(head: int) -> None:
     model = text_model(14)
     bench, start = workbench(model, HeadCosts(head)), make_layout(model, 4, {})
-    found = balance_layout(start, bench, TEXT, MICROBATCHES, alike(busiest_rank), ("language",))
+    found = balance_layout(
+        start,
+        bench,
+        TEXT,
+        MICROBATCHES,
+        alike(busiest_rank),
+        Fixed(segments=frozenset({"language"})),
+    )
     (batch,) = expected_batches(TEXT, MICROBATCHES, 1)
 
     def makespan_ns(cut: tuple[int, ...]) -> int:
@@ -137,7 +145,7 @@ def test_layers_leave_the_rank_that_holds_the_head() -> None:
     start = make_layout(model, 3, {})
     found = balance_layout(
         start, workbench(model, HeadCosts(head=3)), POOL, MICROBATCHES, alike(busiest_rank),
-        ("vision", "language"),
+        Fixed(segments=frozenset({"vision", "language"})),
     )  # fmt: skip
     assert layers(start) == [(3, 3, 2), (7, 7, 7)]
     assert layers(found.layout)[1][-1] < 7
@@ -164,8 +172,26 @@ def test_segments_are_added_up_to_what_the_layers_allow() -> None:
 def test_fixed_segments_stay() -> None:
     model = image_model()
     bench, start = workbench(model, HeadCosts()), make_layout(model, 2, {"language": 2})
-    found = balance_layout(start, bench, POOL, MICROBATCHES, alike(fewer_bubbles), ("language",))
+    found = balance_layout(
+        start,
+        bench,
+        POOL,
+        MICROBATCHES,
+        alike(fewer_bubbles),
+        Fixed(segments=frozenset({"language"})),
+    )
     assert segments(found) == [4, 2]
+
+
+def test_fixed_layers_stay() -> None:
+    model = image_model(layers=21)
+    start = make_layout(model, 3, {})
+    bench = workbench(model, HeadCosts(head=9))
+    found = balance_layout(
+        start, bench, POOL, MICROBATCHES, alike(busiest_rank), Fixed(layers=frozenset({"language"}))
+    )
+    assert layers(found.layout)[1] == layers(start)[1]
+    assert layers(found.layout)[0] != layers(start)[0]
 
 
 def test_a_gain_within_the_noise_changes_nothing() -> None:

@@ -5,6 +5,7 @@ from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleKind, ModuleSpec
 from megatron_pipeweaver.partition.chunks import (
     choose_segments,
     choose_sub_microbatch,
+    cut_as_given,
     cut_layers,
     make_layout,
     segment_limits,
@@ -107,3 +108,27 @@ def test_segments_that_cannot_be_cut_name_the_choice() -> None:
 def test_segments_of_an_unknown_module_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"no module \['audio'\]"):
         make_layout(MODEL, 2, {"audio": 1})
+
+
+def test_given_layers_take_the_place_of_a_modules_cut() -> None:
+    even = make_layout(MODEL, 2, {"vision": 2})
+    found = cut_as_given(even, MODEL, {"vision": (1, 2, 1, 2, 3, 1)})
+    assert [(one.segments, one.layers) for one in found.modules] == [
+        (3, (1, 2, 1, 2, 3, 1)),
+        (1, (2, 1)),
+    ]
+    assert cut_as_given(even, MODEL, {}) == even
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((4, 3, 3), "3 stages on 2 pipeline ranks"),
+        ((), "0 stages on 2 pipeline ranks"),
+        ((5, 6), "11 in 2 stages; it has 10"),
+        ((5, 0, 3, 2), "a stage without any, and 2 segments"),
+    ],
+)
+def test_given_layers_that_are_no_cut_are_refused(layers: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"layers of module 'vision': {message}"):
+        cut_as_given(make_layout(MODEL, 2, {}), MODEL, {"vision": layers})
