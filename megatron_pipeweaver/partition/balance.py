@@ -268,8 +268,8 @@ class _LayerMoves:
     def __call__(self, layout: ChunkLayout, outcome: Outcome) -> Iterator[ChunkLayout]:
         """See the class; `outcome` tells how busy the ranks are."""
         ranks = sorted(range(layout.pipeline_size), key=lambda rank: -outcome.busy_ns[rank])
-        for giving in ranks[:_GIVING]:
-            for taking in reversed(ranks[_GIVING:][-_TAKING:]):
+        for place, giving in enumerate(ranks[:_GIVING]):
+            for taking in reversed(ranks[place + 1 :][-_TAKING:]):
                 for cut in layout.modules:
                     moved = _moved(cut, layout.pipeline_size, giving, taking)
                     if moved is not None and cut.module not in self._fixed:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,17 @@ from megatron_pipeweaver.config import SECOND_NS, SearchConfig
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.json_reader import JsonNode, parse_json, read_bytes
 from megatron_pipeweaver.ir.strategy import LayerStrategy
+from megatron_pipeweaver.plugin.flag_values import (
+    parse_counts,
+    parse_fallback,
+    parse_layers,
+    parse_strategies,
+    read_counts,
+    read_fallback,
+    read_layers,
+    read_strategies,
+    strategy_names,
+)
 
 PREFIX = "pipeweaver_"
 """In front of every attribute that the flags make, but for ``args.pipeweaver`` itself."""
@@ -45,15 +55,17 @@ WAIT = Fallback(bound_ms=None)
 class PipeWeaverArguments:
     """What the flags ask for; every field is the flag of the same name.
 
-    `sub_microbatch` and `segments` hold the modules that are named, the others are chosen by the
-    emulated times. `device_profile` is `None` for the device that is found, `strategies` for what
-    pays on it; `dry_run` is `None` where training runs.
+    `sub_microbatch`, `segments` and `layers` hold the modules that are named, the others are chosen
+    by the emulated times. `device_profile` is `None` for the device that is found, `strategies` for
+    what pays on it; `dry_run` is `None` where training runs.
     """
 
     search_seconds: float = 1.0
     search_threads: int = 1
     sub_microbatch: Mapping[str, int] = field(default_factory=dict)
     segments: Mapping[str, int] = field(default_factory=dict)
+    layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    balance: bool = False
     device_profile: str | None = None
     strategies: tuple[LayerStrategy, ...] | None = None
     memory_fraction: float = 0.9
@@ -82,6 +94,11 @@ class PipeWeaverArguments:
             )
         if self.dry_run is not None and self.dry_run < 1:
             raise ConfigError(f"--pipeweaver-dry-run {self.dry_run}: give at least 1 batch")
+        for module in self.layers.keys() & self.segments:
+            raise ConfigError(
+                f"{_flag('layers')} and {_flag('segments')} of {module}: its layers say how many "
+                "segments it has; give one of them"
+            )
         for flag in ("sub_microbatch", "segments"):
             for module, count in getattr(self, flag).items():
                 if count < 1:
@@ -258,73 +275,6 @@ def _flag(name: str) -> str:
     return "--" + (PREFIX + name).replace("_", "-")
 
 
-def _parse_counts(text: str) -> Mapping[str, int]:
-    """``vision=2,language=1`` as a mapping."""
-    counts: dict[str, int] = {}
-    for part in text.split(","):
-        module, _, number = part.partition("=")
-        if not module.isidentifier() or not number.isdecimal() or module in counts:
-            raise argparse.ArgumentTypeError(
-                f"cannot read {part!r} of {text!r}; give each module once, as in "
-                "vision=2,language=1"
-            )
-        counts[module] = int(number)
-    return counts
-
-
-def _read_counts(node: JsonNode) -> Mapping[str, int]:
-    return {module: one.integer(1) for module, one in node.entries()}
-
-
-_FALLBACK = re.compile(r"wait|static(:\d{1,9})?", re.ASCII)
-
-
-def _parse_fallback(text: str) -> str:
-    """``static``, ``static:500`` or ``wait``, as it is."""
-    if _FALLBACK.fullmatch(text) is None:
-        raise argparse.ArgumentTypeError(
-            f"cannot read {text!r}; give static, static:MILLISECONDS or wait"
-        )
-    return text
-
-
-def _read_fallback(node: JsonNode) -> str:
-    text = node.text()
-    if _FALLBACK.fullmatch(text) is None:
-        node.fail(f"is {text!r}; give static, static:MILLISECONDS or wait")
-    return text
-
-
-def _strategy_names(text: str) -> tuple[LayerStrategy, ...]:
-    """``keep,offload`` as strategies; `ValueError` says what cannot be read."""
-    names = text.split(",")
-    known = [one.value for one in LayerStrategy]
-    wrong = [one for one in names if one not in known or names.count(one) > 1]
-    if wrong:
-        raise ValueError(
-            f"cannot read {wrong[0]!r} of {text!r}; give each strategy once, of {', '.join(known)}"
-        )
-    return tuple(map(LayerStrategy, names))
-
-
-def _parse_strategies(text: str) -> str:
-    """``keep,offload``, as it is."""
-    try:
-        _strategy_names(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
-
-
-def _read_strategies(node: JsonNode) -> str:
-    text = ",".join(one.text() for one in node.array())
-    try:
-        _strategy_names(text)
-    except ValueError as error:
-        node.fail(str(error))
-    return text
-
-
 def _make_fallback(text: str) -> Fallback:
     if text == "wait":
         return WAIT
@@ -351,21 +301,39 @@ _FLAGS: Mapping[str, _Flag] = {
     ),
     "sub_microbatch": _Flag(
         options={
-            "type": _parse_counts,
+            "type": parse_counts,
             "metavar": "MODULE=N[,...]",
             "help": "Most items of a module (images of vision) that one pass works on, as in "
             "vision=12. Chosen by emulated times where left out.",
         },
-        read=_read_counts,
+        read=read_counts,
     ),
     "segments": _Flag(
         options={
-            "type": _parse_counts,
+            "type": parse_counts,
             "metavar": "MODULE=K[,...]",
             "help": "Pipeline segments of a module, as in vision=2,language=1; their sum is the "
             "virtual pipeline size. Chosen by emulated times where left out.",
         },
-        read=_read_counts,
+        read=read_counts,
+    ),
+    "layers": _Flag(
+        options={
+            "type": parse_layers,
+            "metavar": "MODULE=N:N:...[,...]",
+            "help": "Layers of every stage of a module, as in vision=4:4:4:3,language=2:2:2:2; as "
+            "many stages as pipeline ranks, or a multiple for several segments.",
+        },
+        read=read_layers,
+    ),
+    "balance": _Flag(
+        options={
+            "action": "store_true",
+            "default": None,
+            "help": "Search segments and layers per stage once, by the schedules of batches as "
+            "they are expected, and log what was found as --pipeweaver-layers takes it.",
+        },
+        read=JsonNode.boolean,
     ),
     "device_profile": _Flag(
         options={
@@ -377,13 +345,13 @@ _FLAGS: Mapping[str, _Flag] = {
     ),
     "strategies": _Flag(
         options={
-            "type": _parse_strategies,
+            "type": parse_strategies,
             "metavar": "NAME[,...]",
             "help": "What plans may have a layer do with its activations, as in "
             "keep,recompute,recompute_mlp,offload. Chosen by the device where left out.",
         },
-        read=_read_strategies,
-        make=_strategy_names,
+        read=read_strategies,
+        make=strategy_names,
     ),
     "memory_fraction": _Flag(
         options={
@@ -414,13 +382,13 @@ _FLAGS: Mapping[str, _Flag] = {
     ),
     "fallback": _Flag(
         options={
-            "type": _parse_fallback,
+            "type": parse_fallback,
             "metavar": "static[:MILLISECONDS]|wait",
             "help": "Plan in a process of its own, and run the best static schedule where the "
             "searched one is not there within so many milliseconds (static, the default, waits "
             "2000), or have every iteration wait for its search (wait).",
         },
-        read=_read_fallback,
+        read=read_fallback,
         make=_make_fallback,
     ),
     "trace_dir": _Flag(

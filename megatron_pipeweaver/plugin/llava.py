@@ -96,6 +96,10 @@ class Llava:
             items={VISION: (item,) * args.micro_batch_size},
         )
 
+    def expected(self, args: argparse.Namespace) -> Sequence[MicrobatchMetadata]:
+        """The typical one alone."""
+        return (self.typical(args),)
+
     def describe(self, args: argparse.Namespace) -> DescribeMicrobatch:
         """Reads shapes, and counts the tokens that stand for images."""
         item = self._item(args)

@@ -39,6 +39,10 @@ class ModelFamily(Protocol):
         """A full microbatch, by which modules are cut and sub-microbatches sized."""
         ...
 
+    def expected(self, args: argparse.Namespace) -> Sequence[MicrobatchMetadata]:
+        """Microbatches as they may come, each as likely as another: ``--pipeweaver-balance``."""
+        ...
+
     def describe(self, args: argparse.Namespace) -> DescribeMicrobatch:
         """Reads the metadata off a microbatch of the script's data iterator."""
         ...
@@ -60,6 +64,10 @@ class ChunkFamily(ABC):
     @abstractmethod
     def typical(self, args: argparse.Namespace) -> MicrobatchMetadata:
         """See `ModelFamily`."""
+
+    def expected(self, args: argparse.Namespace) -> Sequence[MicrobatchMetadata]:
+        """See `ModelFamily`; the typical one alone where a family knows no better."""
+        return (self.typical(args),)
 
     @abstractmethod
     def describe(self, args: argparse.Namespace) -> DescribeMicrobatch:

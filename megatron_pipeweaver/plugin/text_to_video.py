@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from megatron_pipeweaver.errors import ConfigError
@@ -35,14 +35,11 @@ class TextToVideo(ChunkFamily):
 
     def typical(self, args: argparse.Namespace) -> MicrobatchMetadata:
         """A full microbatch, with half as many clips as there may be."""
-        clips = max(1, args.max_clips // 2)
-        length = max(1, args.seq_length // clips)
-        item = Item(units=args.prompt_length, tokens=args.prompt_length)
-        return MicrobatchMetadata(
-            sequence_length=length * clips,
-            document_lengths=(length,) * clips,
-            items={TEXT: (item,) * clips},
-        )
+        return _filled(args, max(1, args.max_clips // 2))
+
+    def expected(self, args: argparse.Namespace) -> Sequence[MicrobatchMetadata]:
+        """Full microbatches of one clip up to as many as there may be, all of one length."""
+        return [_filled(args, clips) for clips in range(1, args.max_clips + 1)]
 
     def describe(self, args: argparse.Namespace) -> DescribeMicrobatch:
         """Reads shapes."""
@@ -113,6 +110,17 @@ def add_text_to_video_arguments(parser: argparse.ArgumentParser) -> argparse.Arg
         "--prompt-length", type=int, default=256, help="Most tokens of a clip's prompt."
     )
     return parser
+
+
+def _filled(args: argparse.Namespace, clips: int) -> MicrobatchMetadata:
+    """A microbatch of so many clips that fill the sequence, each with a prompt."""
+    length = max(1, args.seq_length // clips)
+    item = Item(units=args.prompt_length, tokens=args.prompt_length)
+    return MicrobatchMetadata(
+        sequence_length=length * clips,
+        document_lengths=(length,) * clips,
+        items={TEXT: (item,) * clips},
+    )
 
 
 def _check(args: argparse.Namespace) -> None:

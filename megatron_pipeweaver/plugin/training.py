@@ -27,7 +27,6 @@ from megatron.core.enums import ModelType
 from megatron_pipeweaver.errors import ConfigError, UnsupportedMegatronError
 from megatron_pipeweaver.ir.cluster import ParallelSizes
 from megatron_pipeweaver.ir.strategy import LayerStrategy
-from megatron_pipeweaver.partition.offline import Partition, partition_model
 from megatron_pipeweaver.planner.background import BackgroundConfig, BackgroundSource
 from megatron_pipeweaver.planner.settings import CostSettings, PlannerSettings
 from megatron_pipeweaver.planner.source import InProcessSource, PlanSource
@@ -40,6 +39,7 @@ from megatron_pipeweaver.plugin.arguments import (
     settle_virtual_size,
 )
 from megatron_pipeweaver.plugin.cpu_training import cpu_training_patches
+from megatron_pipeweaver.plugin.cut import cut_model, memory_capacity
 from megatron_pipeweaver.plugin.data import data_state_hook
 from megatron_pipeweaver.plugin.delayed import splits_backwards
 from megatron_pipeweaver.plugin.dry_run import plan_batches, play_first_rank
@@ -51,11 +51,7 @@ from megatron_pipeweaver.plugin.providers import ModelFamily
 from megatron_pipeweaver.plugin.schedule import PipeWeaverSchedule
 from megatron_pipeweaver.plugin.torch_adam import torch_adam_patches
 from megatron_pipeweaver.semu.devices import DeviceProfile, load_device, shipped_devices
-from megatron_pipeweaver.semu.memory import (
-    OptimizerOptions,
-    activation_capacity_bytes,
-    rank_state_bytes,
-)
+from megatron_pipeweaver.semu.memory import OptimizerOptions
 from megatron_pipeweaver.semu.options import Attention, RunOptions
 
 _log = logging.getLogger(__name__)
@@ -335,21 +331,19 @@ def planner_settings(
         options=run_options(args),
         strategies=planned_strategies(ours, device, local=local),
     )
-    partition = partition_model(
-        spec,
-        args.pipeline_model_parallel_size,
-        costs.make(),
-        family.typical(args),
-        sub_microbatch=known(ours.sub_microbatch, "sub-microbatch", spec.modules[:-1]),
-        segments=known(ours.segments, "segments", spec.modules),
+    # Adam's two moments, and a master weight where the weights themselves are not in fp32.
+    optimizer = OptimizerOptions(
+        state_bytes=8 if args.params_dtype is torch.float32 else 12,
+        distributed=args.use_distributed_optimizer,
     )
+    partition = cut_model(args, ours, family, costs, optimizer)
     dtype = str(args.params_dtype).removeprefix("torch.")
     return PlannerSettings(
         model=spec,
         layout=partition.layout,
         costs=costs,
         sub_microbatch=partition.sub_microbatch,
-        memory_capacity_bytes=memory_capacity(args, ours, spec, partition, device),
+        memory_capacity_bytes=memory_capacity(ours, spec, partition.layout, costs, optimizer),
         dtypes={one.name: dtype for one in spec.modules},
         search=ours.search_config(args.seed, split_weight_grad=splits_backwards(args)),
         host_memory_bytes=host_memory(ours),
@@ -385,15 +379,6 @@ def planned_strategies(
     return ours.strategies
 
 
-def known(counts: Any, flag: str, modules: Sequence[Any]) -> Any:
-    """`counts`, whose keys are all names of `modules`; `ConfigError` names one that is not."""
-    names = [one.name for one in modules]
-    for name in counts:
-        if name not in names:
-            raise ConfigError(f"--pipeweaver-{flag} {name}: no such module; there are {names}")
-    return counts
-
-
 def run_options(args: argparse.Namespace) -> RunOptions:
     """How Megatron's arguments have the layers run, as far as costs depend on it."""
     engine = args.transformer_impl == "transformer_engine"
@@ -418,26 +403,6 @@ def run_options(args: argparse.Namespace) -> RunOptions:
         dropout=args.hidden_dropout > 0 or args.attention_dropout > 0,
         mask_bytes=1 if torch.cuda.is_available() else element_bytes,
     )
-
-
-def memory_capacity(
-    args: argparse.Namespace,
-    ours: PipeWeaverArguments,
-    spec: Any,
-    partition: Partition,
-    device: DeviceProfile,
-) -> tuple[int, ...]:
-    """Bytes for activations by pipeline rank: a share of the device without weights and states."""
-    # Adam's two moments, and a master weight where the weights themselves are not in fp32.
-    state_bytes = 8 if args.params_dtype is torch.float32 else 12
-    states = rank_state_bytes(
-        spec,
-        partition.layout,
-        run_options(args),
-        OptimizerOptions(state_bytes=state_bytes, distributed=args.use_distributed_optimizer),
-    )
-    usable = int(device.spec.memory_bytes * ours.memory_fraction)
-    return activation_capacity_bytes(usable, states, 0)
 
 
 def host_memory(ours: PipeWeaverArguments) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
@@ -70,13 +70,13 @@ class VisionLanguage(ChunkFamily):
 
     def typical(self, args: argparse.Namespace) -> MicrobatchMetadata:
         """A microbatch whose samples show half of the images that they may, in full size."""
-        item = _item(args, args.img_h, args.img_w)
-        images = max(1, args.max_images * args.micro_batch_size // 2)
-        return MicrobatchMetadata(
-            sequence_length=args.seq_length,
-            samples=args.micro_batch_size,
-            items={VISION: (item,) * images},
-        )
+        return _showing(args, max(1, args.max_images * args.micro_batch_size // 2))
+
+    def expected(self, args: argparse.Namespace) -> Sequence[MicrobatchMetadata]:
+        """From no image to all that the samples may show, in full size."""
+        return [
+            _showing(args, count) for count in range(args.max_images * args.micro_batch_size + 1)
+        ]
 
     def describe(self, args: argparse.Namespace) -> DescribeMicrobatch:
         """Reads shapes."""
@@ -152,6 +152,15 @@ def _item(args: argparse.Namespace, height: int, width: int) -> Item:
     imported = _imported(args)
     class_tokens = int(imported is not None and imported.options.class_token)
     return Item(units=patches + class_tokens, tokens=patches // args.spatial_merge_size**2)
+
+
+def _showing(args: argparse.Namespace, images: int) -> MicrobatchMetadata:
+    """A microbatch that shows so many images, in full size."""
+    return MicrobatchMetadata(
+        sequence_length=args.seq_length,
+        samples=args.micro_batch_size,
+        items={VISION: (_item(args, args.img_h, args.img_w),) * images},
+    )
 
 
 def _check_images(args: argparse.Namespace, *, rotary: bool) -> None:

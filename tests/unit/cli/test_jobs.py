@@ -166,19 +166,6 @@ def test_balance_tells_the_layers_of_every_stage(write, capsys):
     }
 
 
-def test_balance_tells_the_layers_of_every_stage(write, capsys):
-    assert main(["emulate", str(write()), *QUICK]) == 0
-    assert "layers per stage" not in capsys.readouterr().out
-    assert main(["emulate", str(write()), *QUICK, "--balance"]) == 0
-    out = capsys.readouterr().out
-    (told,) = (line for line in out.splitlines() if line.startswith("layers per stage: "))
-    cuts = dict(one.split("=") for one in told.split()[3].rstrip(";").split(","))
-    assert {name: sum(map(int, text.split(":"))) for name, text in cuts.items()} == {
-        "vision": 4,
-        "language": 8,
-    }
-
-
 def test_tensor_parallel_ranks_wait_for_each_other(write, capsys):
     path = write(parallel={"pipeline": 2, "tensor": 2})
     assert main(["emulate", str(path), *QUICK]) == 0
@@ -200,13 +187,6 @@ def test_tune_ranks_what_fits(write, capsys):
     assert behind == sorted(behind)
     assert main(["tune", str(write()), *QUICK, "--top", "1"]) == 0
     assert len(table_under(capsys.readouterr().out, "rank  DP")) == 1
-
-
-def test_tune_balances_the_fastest(write, capsys):
-    assert main(["tune", str(write()), *QUICK, "--top", "1"]) == 0
-    assert "layers per stage" not in capsys.readouterr().out
-    assert main(["tune", str(write()), *QUICK, "--top", "1", "--balance"]) == 0
-    assert "layers per stage" in capsys.readouterr().out
 
 
 def test_tune_balances_the_fastest(write, capsys):

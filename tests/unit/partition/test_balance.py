@@ -118,10 +118,11 @@ def cuts(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
         yield tuple(after - before for before, after in pairwise((0, *inner, layers)))
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5])
 @pytest.mark.parametrize("head", [0, 2, 5])
-def test_no_cut_is_shorter_than_the_one_found(head: int) -> None:
+def test_no_cut_is_shorter_than_the_one_found(head: int, ranks: int) -> None:
     model = text_model(14)
-    bench, start = workbench(model, HeadCosts(head)), make_layout(model, 4, {})
+    bench, start = workbench(model, HeadCosts(head)), make_layout(model, ranks, {})
     found = balance_layout(
         start,
         bench,
@@ -137,7 +138,7 @@ def test_no_cut_is_shorter_than_the_one_found(head: int) -> None:
         layout = replace(start, modules=(module,))
         return busiest_rank(bench.problem(layout, batch)).makespan_ns
 
-    assert found.after_ns == min(map(makespan_ns, cuts(14, 4)))
+    assert found.after_ns == min(map(makespan_ns, cuts(14, ranks)))
 
 
 def test_layers_leave_the_rank_that_holds_the_head() -> None:

@@ -46,6 +46,7 @@ def test_every_flag_is_read():
         *("--pipeweaver-search-seconds", "2.5", "--pipeweaver-search-threads", "3"),
         *("--pipeweaver-sub-microbatch", "vision=12"),
         *("--pipeweaver-segments", "vision=2,language=1"),
+        *("--pipeweaver-layers", "audio=2:1", "--pipeweaver-balance"),
         *("--pipeweaver-device-profile", "H100", "--pipeweaver-memory-fraction", "0.8"),
         *("--pipeweaver-strategies", "offload,keep"),
         *("--pipeweaver-deterministic", "--pipeweaver-fallback", "wait"),
@@ -56,6 +57,8 @@ def test_every_flag_is_read():
         search_threads=3,
         sub_microbatch={"vision": 12},
         segments={"vision": 2, "language": 1},
+        layers={"audio": (2, 1)},
+        balance=True,
         device_profile="H100",
         strategies=(LayerStrategy.OFFLOAD, LayerStrategy.KEEP),
         memory_fraction=0.8,
@@ -102,6 +105,8 @@ FILE = {
     "search_threads": 2,
     "sub_microbatch": {"vision": 4},
     "segments": {"language": 2},
+    "layers": {"audio": [2, 0]},
+    "balance": True,
     "device_profile": "A100",
     "strategies": ["recompute", "offload"],
     "memory_fraction": 0.5,
@@ -121,6 +126,7 @@ def test_a_file_holds_every_flag_and_the_command_line_wins(tmp_path):
         **{
             **FILE,
             "segments": {"vision": 3},
+            "layers": {"audio": (2, 0)},
             "strategies": (LayerStrategy.RECOMPUTE, LayerStrategy.OFFLOAD),
             "trace_dir": Path("there"),
             "fallback": WAIT,
@@ -341,3 +347,24 @@ def test_names_do_not_meet_megatrons_own():
     )
     args = parser.parse_args(["--pipeweaver", "--pipeweaver-segments", "vision=2"])
     assert read_arguments(args).segments == {"vision": 2}
+
+
+def test_layers_are_read_alike_from_a_file(tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"layers": {"vision": [4, 0], "language": [1, 2, 3, 4]}}))
+    in_file = read("--pipeweaver-config", str(path))
+    assert in_file == read("--pipeweaver-layers", "vision=4:0,language=1:2:3:4")
+    assert in_file.layers == {"vision": (4, 0), "language": (1, 2, 3, 4)}
+
+
+@pytest.mark.parametrize("text", ["", "vision", "vision=", "vision=1:", "vision=1:-1", "v=1,v=2"])
+def test_layers_that_are_none_are_refused_in_one_line(text, capsys):
+    with pytest.raises(SystemExit) as error:
+        read("--pipeweaver-layers", text)
+    assert error.value.code == 2
+    assert "give each module once, with its layers" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_layers_and_segments_of_one_module_are_refused():
+    with pytest.raises(ConfigError, match="of vision: its layers say how many segments it has"):
+        read("--pipeweaver-layers", "vision=1:1", "--pipeweaver-segments", "vision=1")
