@@ -187,6 +187,29 @@ class ModelChunk(MegatronModule, abc.ABC):  # type: ignore[misc]
         return inputs[0]
 
 
+class NamedChunk(ModelChunk):
+    """A chunk whose parameters are called by its module: ``<module>_model.``, with a decoder."""
+
+    def __init__(self, setting: ChunkSetting) -> None:
+        super().__init__(setting)
+        self._model_name = f"{setting.module.name}_model"
+
+    @property
+    def layers(self) -> Sequence[StrategyLayer]:
+        """The chunk's transformer layers."""
+        layers: Sequence[StrategyLayer] = self.model.decoder.layers
+        return layers
+
+    @property
+    def model(self) -> Any:
+        """The chunk's part of the module."""
+        return getattr(self, self._model_name)
+
+    def hold(self, model: Any) -> None:
+        """Take `model` in, under the name that it has in the whole model."""
+        self.add_module(self._model_name, model)
+
+
 def run_block(block: Any, hidden_SBH: Tensor, **known: Any) -> Tensor:
     """A transformer block that does not embed, on the output of the one in front of it.
 

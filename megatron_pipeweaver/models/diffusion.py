@@ -26,11 +26,10 @@ from torch.nn import functional
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.lmm import MODULATIONS, Modulation, ModuleSpec
-from megatron_pipeweaver.models.chunk import ChunkSetting, ModelChunk
+from megatron_pipeweaver.models.chunk import ChunkSetting, NamedChunk
 from megatron_pipeweaver.models.diffusion_layer import PlainNorm, diffusion_layer_spec, modulated
 from megatron_pipeweaver.models.packing import block_mask, items_in_a_row, packed_sequences
 from megatron_pipeweaver.models.specs import uses_transformer_engine
-from megatron_pipeweaver.models.strategy import StrategyLayer
 
 _FREQUENCIES = 128
 """Sines, and as many cosines, that a time is told by."""
@@ -57,7 +56,7 @@ class ClipBatch:
 
 
 @final
-class DiffusionChunk(ModelChunk):
+class DiffusionChunk(NamedChunk):
     """Some layers of a diffusion transformer: with the embeddings in front, or the head behind.
 
     Parameters are named ``<module>_model.``. Runs without sequence parallelism.
@@ -72,7 +71,6 @@ class DiffusionChunk(ModelChunk):
         self._module = module
         self._time_tokens = modulation.time_tokens
         self._fused = uses_transformer_engine(setting.options)
-        self._model_name = f"{module.name}_model"
         model = MegatronModule(config=setting.config)
         if place.is_first:
             model.embedding = DiffusionEmbedding(module, setting.config)
@@ -86,17 +84,7 @@ class DiffusionChunk(ModelChunk):
         )
         if place.is_last:
             model.head = DiffusionHead(module, setting.config)
-        self.add_module(self._model_name, model)
-
-    @property
-    def layers(self) -> Sequence[StrategyLayer]:
-        """The chunk's transformer layers."""
-        layers: Sequence[StrategyLayer] = self._model.decoder.layers
-        return layers
-
-    @property
-    def _model(self) -> Any:
-        return getattr(self, self._model_name)
+        self.hold(model)
 
     def run(self, batch: Mapping[str, Any], inputs: tuple[Tensor, ...], items: slice) -> Tensor:
         """Clips and prompts' features, or rows, to rows [N * k + T + S, 1, H].
@@ -107,7 +95,7 @@ class DiffusionChunk(ModelChunk):
         """
         del items  # the backbone works on every clip
         clips = self._clips(batch)
-        model = self._model
+        model = self.model
         if self.place.is_first:
             rows_SBH = model.embedding(batch, clips, inputs)
         else:
@@ -124,7 +112,7 @@ class DiffusionChunk(ModelChunk):
         return velocity_loss(velocity_SP, batch, self._module).unsqueeze(0)
 
     def _through_layers(self, patches: Tensor, conditions: Tensor, clips: ClipBatch) -> Tensor:
-        decoder, device = self._model.decoder, patches.device
+        decoder, device = self.model.decoder, patches.device
         lengths, prompts = clips.lengths, clips.prompts
         masks: list[Tensor | None] = [None, None]
         if not self._fused:

@@ -12,14 +12,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_pipeweaver.errors import ConfigError
-from megatron_pipeweaver.models.chunk import ChunkSetting, ModelChunk
+from megatron_pipeweaver.models.chunk import ChunkSetting, NamedChunk
 from megatron_pipeweaver.models.context_parallel import SequenceShare
 from megatron_pipeweaver.models.specs import language_block_spec, uses_transformer_engine
-from megatron_pipeweaver.models.strategy import StrategyLayer
 
 
 @final
-class LanguageChunk(ModelChunk):
+class LanguageChunk(NamedChunk):
     """Some layers of a GPT: with the token embedding in front, or the output layer behind.
 
     With context parallelism every rank is given whole batches and hands out whole losses; between
@@ -38,7 +37,6 @@ class LanguageChunk(ModelChunk):
                 f"module {module.name!r}: heads are {setting.config.kv_channels} wide, and rotary "
                 "position embeddings turn pairs; choose attention_heads for an even width"
             )
-        self._model_name = f"{module.name}_model"
         # Without encoders there is nothing to place, and an image token is a mistake.
         self._token_ids = {
             name: options.encoder(name).token_id for name in module.after or (module.name,)
@@ -70,27 +68,17 @@ class LanguageChunk(ModelChunk):
             pg_collection=setting.groups,
             vp_stage=place.segment,
         )
-        self.add_module(self._model_name, model)
-
-    @property
-    def layers(self) -> Sequence[StrategyLayer]:
-        """The chunk's transformer layers."""
-        layers: Sequence[StrategyLayer] = self._model.decoder.layers
-        return layers
-
-    @property
-    def _model(self) -> Any:
-        return getattr(self, self._model_name)
+        self.hold(model)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The embedding on the first chunk, the output layer's weight on the last, else `None`."""
-        weight: Tensor | None = self._model.shared_embedding_or_output_weight()
+        weight: Tensor | None = self.model.shared_embedding_or_output_weight()
         return weight
 
     def run(self, batch: Mapping[str, Any], inputs: tuple[Tensor, ...], items: slice) -> Tensor:
         """Tokens and image embeddings, or hidden states, to hidden states, losses or logits."""
         del items  # the backbone works on every sample
-        model = self._model
+        model = self.model
         tokens_BS: Tensor = batch["tokens"]
         position_ids_BS = _positions(batch, tokens_BS, self._position_axes)
         embedded_SBH = None
@@ -157,9 +145,7 @@ class LanguageChunk(ModelChunk):
         for is_image_BS in places.values():
             # An image token need not be in the vocabulary; what stands for it is replaced below.
             text_BS = text_BS.masked_fill(is_image_BS, 0)
-        embedded_SBH: Tensor = self._model.embedding(
-            input_ids=text_BS, position_ids=position_ids_BS
-        )
+        embedded_SBH: Tensor = self.model.embedding(input_ids=text_BS, position_ids=position_ids_BS)
         for name, is_image_BS in places.items():
             made = self.inputs_of(name, images)
             embedded_SBH = place_image_embeddings(embedded_SBH, is_image_BS, made)

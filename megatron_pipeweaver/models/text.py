@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_pipeweaver.errors import ConfigError
-from megatron_pipeweaver.models.chunk import ChunkSetting, ModelChunk
+from megatron_pipeweaver.models.chunk import ChunkSetting, NamedChunk
 from megatron_pipeweaver.models.packing import (
     causal_block_mask,
     packed_sequences,
@@ -21,11 +21,10 @@ from megatron_pipeweaver.models.packing import (
 )
 from megatron_pipeweaver.models.projector import build_projector
 from megatron_pipeweaver.models.specs import language_layer_spec, uses_transformer_engine
-from megatron_pipeweaver.models.strategy import StrategyLayer
 
 
 @final
-class TextChunk(ModelChunk):
+class TextChunk(NamedChunk):
     """Some layers of a GPT over prompts: the token embedding in front, or the last norm behind.
 
     Its items are the microbatch's ``prompts``, one tensor of token ids each. Prompts of one length
@@ -45,24 +44,13 @@ class TextChunk(ModelChunk):
                 f"module {module.name!r}: text encoders run without sequence parallelism; "
                 f"set sequence_parallel to False in overrides[{module.name!r}]"
             )
-        self._model_name = f"{module.name}_model"
         self._projection_name = f"{module.name}_projection"
         self._fused = uses_transformer_engine(options)
         self._rotary = options.position_embedding == "rope"
-        self.add_module(self._model_name, _build_model(setting))
+        self.hold(_build_model(setting))
         if place.is_last and module.output_size is not None:
             projector = build_projector(module, options, setting.groups)
             self.add_module(self._projection_name, projector)
-
-    @property
-    def layers(self) -> Sequence[StrategyLayer]:
-        """The chunk's transformer layers."""
-        layers: Sequence[StrategyLayer] = self._model.decoder.layers
-        return layers
-
-    @property
-    def _model(self) -> Any:
-        return getattr(self, self._model_name)
 
     def count_items(self, batch: Mapping[str, Any]) -> int:
         """The microbatch's prompts."""
@@ -78,7 +66,7 @@ class TextChunk(ModelChunk):
             )
         lengths = tuple(len(one) for one in prompts)
         side_by_side = len(set(lengths)) == 1
-        model = self._model
+        model = self.model
         if self.place.is_first:
             hidden_SBH = _embed(model.embedding, prompts, lengths, side_by_side)
         else:

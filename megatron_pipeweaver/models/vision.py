@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, final
 
 import torch
@@ -15,15 +15,14 @@ from torch import Tensor
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.lmm import ModuleSpec
-from megatron_pipeweaver.models.chunk import ChunkSetting, ModelChunk, run_block
+from megatron_pipeweaver.models.chunk import ChunkSetting, NamedChunk, run_block
 from megatron_pipeweaver.models.patches import PatchEmbedding, PatchRows, fold_patches
 from megatron_pipeweaver.models.projector import build_projector
 from megatron_pipeweaver.models.specs import uses_transformer_engine, vision_layer_spec
-from megatron_pipeweaver.models.strategy import StrategyLayer
 
 
 @final
-class VisionChunk(ModelChunk):
+class VisionChunk(NamedChunk):
     """Some layers of a ViT: with the patch embedding in front, or the projector behind.
 
     Parameters are named ``<module>_model.`` and ``<module>_projection.``, as in Megatron's
@@ -33,11 +32,10 @@ class VisionChunk(ModelChunk):
     def __init__(self, setting: ChunkSetting) -> None:
         super().__init__(setting)
         module, place = setting.module, setting.place
-        self._model_name = f"{module.name}_model"
         self._projection_name = f"{module.name}_projection"
         self._key = setting.options.encoder(module.name).images
         build = _first_model if place.is_first else _block_model
-        self.add_module(self._model_name, build(setting))
+        self.hold(build(setting))
         self._folded = module.patches_per_token if place.is_last else 1
         self._class_tokens = int(setting.options.class_token and place.is_last)
         self._rotary = is_rotary(module)
@@ -45,16 +43,6 @@ class VisionChunk(ModelChunk):
         if place.is_last and module.output_size is not None:
             projector = build_projector(module, setting.options, setting.groups)
             self.add_module(self._projection_name, projector)
-
-    @property
-    def layers(self) -> Sequence[StrategyLayer]:
-        """The chunk's transformer layers."""
-        layers: Sequence[StrategyLayer] = self._model.decoder.layers
-        return layers
-
-    @property
-    def _model(self) -> Any:
-        return getattr(self, self._model_name)
 
     def count_items(self, batch: Mapping[str, Any]) -> int:
         """The microbatch's images for this encoder."""
@@ -74,10 +62,10 @@ class VisionChunk(ModelChunk):
     ) -> Tensor:
         """Layers whose patches know their place by learned positions; images have one size."""
         if self.place.is_first:
-            images_BCYX = self._images(batch, items).to(self._model.conv1.weight)
-            hidden_SBH = self._model(images_BCYX).permute(1, 0, 2).contiguous()
+            images_BCYX = self._images(batch, items).to(self.model.conv1.weight)
+            hidden_SBH = self.model(images_BCYX).permute(1, 0, 2).contiguous()
         else:
-            hidden_SBH = run_block(self._model.decoder, self.only_input(inputs))
+            hidden_SBH = run_block(self.model.decoder, self.only_input(inputs))
         if self._class_tokens:
             hidden_SBH = hidden_SBH[self._class_tokens :].contiguous()
         return fold_patches(hidden_SBH, self._folded) if self._folded > 1 else hidden_SBH
@@ -87,10 +75,10 @@ class VisionChunk(ModelChunk):
     ) -> Tensor:
         """Layers whose patches turn by their place; images have sizes of their own."""
         images = self._images(batch, items)
-        module, decoder = self.module_spec, self._model.decoder
+        module, decoder = self.module_spec, self.model.decoder
         rows = PatchRows.of(images, module.patch_size or 1, math.isqrt(module.patches_per_token))
         if self.place.is_first:
-            hidden_SBH = self._model.conv1(images, rows)
+            hidden_SBH = self.model.conv1(images, rows)
         else:
             hidden_SBH = self.only_input(inputs)
         known = rows.attention(decoder.config.kv_channels, hidden_SBH.device, fused=self._fused)

@@ -105,6 +105,55 @@ class ChunkFamily(ABC):
         return WholeModel(build_chunks(spec, layout, self.options(args), pg_collection=groups))
 
 
+_SIZES: Mapping[str, str] = {
+    "hidden_size": "Width of the {what}'s layers.",
+    "ffn_hidden_size": "Width of the {what}'s MLPs.",
+    "num_attention_heads": "Attention heads of the {what}.",
+}
+"""An encoder's sizes that have flags of their own, by Megatron's name of the backbone's."""
+
+
+def add_encoder_sizes(group: Any, name: str, what: str, backbone: str) -> None:
+    """Add the flags of an encoder's sizes, ``--NAME-hidden-size`` and its kin.
+
+    Args:
+        group: of the parser's arguments.
+        name: of the encoder's module.
+        what: the encoder, in help.
+        backbone: the model that Megatron's own flags describe, in help.
+    """
+    for size, told in _SIZES.items():
+        group.add_argument(
+            f"--{name}-{size.replace('_', '-')}",
+            type=int,
+            help=f"{told.format(what=what)} That of the {backbone} where left out.",
+        )
+
+
+def encoder_sizes(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """An encoder's layers and widths, as fields of its `ModuleSpec`."""
+    hidden, ffn, heads = (getattr(args, f"{name}_{size}") or getattr(args, size) for size in _SIZES)
+    return {
+        "layers": args.encoder_num_layers,
+        "hidden_size": hidden,
+        "ffn_hidden_size": ffn,
+        "attention_heads": heads,
+    }
+
+
+def refuse_missing_layers(args: argparse.Namespace, encoder: str, backbone: str) -> None:
+    """Returns where both depths are given.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    for part, what in {"encoder": encoder, "decoder": backbone}.items():
+        if getattr(args, f"{part}_num_layers") is None:
+            raise ConfigError(
+                f"--{part}-num-layers is missing; give the layers of the {what} with it"
+            )
+
+
 def model_options(
     args: argparse.Namespace, overrides: Mapping[str, Mapping[str, Any]]
 ) -> ModelOptions:
@@ -205,6 +254,7 @@ _NOT_BUILT: Mapping[str, str] = {
     "squared_relu": "their MLPs have GELU, or --swiglu",
     "quick_geglu": "their MLPs have GELU, or --swiglu",
     "init_method_xavier_uniform": "their weights are drawn with --init-method-std",
+    "qk_l2_norm": "their queries and keys are not normed by L2",
     "use_mup": "their weights are drawn with --init-method-std",
     "heterogeneous_layers_config_path": "a module's layers are alike",
     "hybrid_layer_pattern": "their layers have attention",

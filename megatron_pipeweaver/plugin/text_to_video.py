@@ -13,8 +13,11 @@ from megatron_pipeweaver.models.options import ModelOptions
 from megatron_pipeweaver.plugin.data import DescribeMicrobatch
 from megatron_pipeweaver.plugin.providers import (
     ChunkFamily,
+    add_encoder_sizes,
+    encoder_sizes,
     model_options,
     refuse_experts,
+    refuse_missing_layers,
     refuse_other_models,
 )
 
@@ -81,12 +84,7 @@ def add_text_to_video_arguments(parser: argparse.ArgumentParser) -> argparse.Arg
     ``--img-h``, ``--img-w`` and ``--patch-dim`` are sizes in latents.
     """
     group = parser.add_argument_group(title="text to video model")
-    for flag, what in {
-        "--text-hidden-size": "Width of the text encoder's layers.",
-        "--text-ffn-hidden-size": "Width of the text encoder's MLPs.",
-        "--text-num-attention-heads": "Attention heads of the text encoder.",
-    }.items():
-        group.add_argument(flag, type=int, help=f"{what} The transformer's where left out.")
+    add_encoder_sizes(group, TEXT, "text encoder", "transformer")
     group.add_argument(
         "--text-num-query-groups",
         type=int,
@@ -125,9 +123,7 @@ def _filled(args: argparse.Namespace, clips: int) -> MicrobatchMetadata:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what does not fit, by flag."""
-    for name, what in {"encoder": "the text encoder", "decoder": "the transformer"}.items():
-        if getattr(args, f"{name}_num_layers") is None:
-            raise ConfigError(f"--{name}-num-layers is missing; give the layers of {what} with it")
+    refuse_missing_layers(args, "text encoder", "transformer")
     if args.micro_batch_size != 1:
         raise ConfigError(
             f"--micro-batch-size {args.micro_batch_size}: a microbatch is one row of clips; "
@@ -162,15 +158,12 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _text_spec(args: argparse.Namespace) -> ModuleSpec:
-    heads = args.text_num_attention_heads or args.num_attention_heads
+    sizes = encoder_sizes(args, TEXT)
     return ModuleSpec(
         name=TEXT,
         kind=ModuleKind.TEXT,
-        layers=args.encoder_num_layers,
-        hidden_size=args.text_hidden_size or args.hidden_size,
-        ffn_hidden_size=args.text_ffn_hidden_size or args.ffn_hidden_size,
-        attention_heads=heads,
-        kv_groups=args.text_num_query_groups or heads,
+        **sizes,
+        kv_groups=args.text_num_query_groups or sizes["attention_heads"],
         frozen=args.freeze_text_encoder,
         gated_mlp=args.swiglu,
         vocab_size=args.padded_vocab_size,

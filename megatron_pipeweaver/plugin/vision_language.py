@@ -25,9 +25,12 @@ from megatron_pipeweaver.models.options import ModelOptions
 from megatron_pipeweaver.plugin.data import DescribeMicrobatch
 from megatron_pipeweaver.plugin.providers import (
     ChunkFamily,
+    add_encoder_sizes,
+    encoder_sizes,
     expert_fields,
     model_options,
     refuse_experts,
+    refuse_missing_layers,
     refuse_other_models,
 )
 from megatron_pipeweaver.semu.from_megatron import dense_layers
@@ -48,17 +51,7 @@ class VisionLanguage(ChunkFamily):
 
     def spec(self, args: argparse.Namespace) -> ModelSpec:
         """The modules; widths of the ViT are the language model's where no flag gives them."""
-        missing = [
-            flag
-            for flag in ("encoder_num_layers", "decoder_num_layers")
-            if getattr(args, flag) is None
-        ]
-        if missing:
-            flag = f"--{missing[0].replace('_', '-')}"
-            raise ConfigError(
-                f"{flag} is missing; give --encoder-num-layers for the ViT and "
-                "--decoder-num-layers for the language model"
-            )
+        refuse_missing_layers(args, "ViT", "language model")
         refuse_other_models(args)
         imported = _imported(args)
         if imported is not None:
@@ -182,14 +175,7 @@ def _check_images(args: argparse.Namespace, *, rotary: bool) -> None:
 def add_vision_language_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags that describe a ViT beside Megatron's own, and return the parser."""
     group = parser.add_argument_group(title="vision language model")
-    for flag, what in {
-        "--vision-hidden-size": "Width of the ViT's layers.",
-        "--vision-ffn-hidden-size": "Width of the ViT's MLPs.",
-        "--vision-num-attention-heads": "Attention heads of the ViT.",
-    }.items():
-        group.add_argument(
-            flag, type=int, help=f"{what} That of the language model where left out."
-        )
+    add_encoder_sizes(group, VISION, "ViT", "language model")
     group.add_argument(
         "--spatial-merge-size",
         type=int,
@@ -208,7 +194,11 @@ def add_vision_language_arguments(parser: argparse.ArgumentParser) -> argparse.A
         help="Patches know their place by rotary embeddings of their row and column, as in "
         "Qwen2-VL, so that images may have any size. Else by learned positions, as in CLIP.",
     )
-    group.add_argument("--freeze-ViT", action="store_true", help="Do not train the ViT.")
+    group.add_argument(
+        "--freeze-ViT",
+        action="store_true",
+        help="Do not train the ViT, nor the projector behind it: a frozen encoder has no backward.",
+    )
     group.add_argument(
         "--max-images", type=int, default=4, help="Most images of a sample; 0 for text alone."
     )
@@ -258,15 +248,12 @@ def hugging_face_spec(args: argparse.Namespace, model: HuggingFaceModel) -> Mode
 
 
 def _vision_spec(args: argparse.Namespace) -> ModuleSpec:
-    heads = args.vision_num_attention_heads or args.num_attention_heads
+    sizes = encoder_sizes(args, VISION)
     return ModuleSpec(
         name=VISION,
         kind=ModuleKind.VISION,
-        layers=args.encoder_num_layers,
-        hidden_size=args.vision_hidden_size or args.hidden_size,
-        ffn_hidden_size=args.vision_ffn_hidden_size or args.ffn_hidden_size,
-        attention_heads=heads,
-        kv_groups=heads,
+        **sizes,
+        kv_groups=sizes["attention_heads"],
         frozen=args.freeze_ViT,
         output_size=args.hidden_size,
         projector_hidden_size=args.ffn_hidden_size,

@@ -2,9 +2,9 @@
 # What the job scripts of this folder share: environment, dry run, training. Source it; nothing
 # runs by itself.
 #
-# A job script says what to reserve (#SBATCH), what the model is (MODEL) and how it is split
-# (PARALLEL), which script trains it if not pretrain_vlm.py (SCRIPT), and calls `run_job "$@"`. What stands behind the script's name on the command line
-# comes last, so it wins over all of that.
+# A job script says what to reserve (#SBATCH), what the model is (MODEL), how it is split (PARALLEL)
+# and which script trains it if not pretrain_vlm.py (SCRIPT), and calls `run_job "$@"`. What stands
+# behind its name on the command line comes last, so it wins over all of that.
 #
 #   PIPEWEAVER_PYTHON   the Python with PipeWeaver and Megatron in it, on every node  [python3]
 #   GPUS_PER_NODE       processes per node                         [what SLURM reserved, else 8]
