@@ -127,7 +127,7 @@ def run_planned(
     }
     strategies = {name: partial(_run_stage, stages, name) for name in names}
     runner = ModuleStages(plan, modules, lambda _, output: 0.0 * output.sum(), strategies)
-    Executor(rank, runner, transport, Recorder(0, planned.plan.fingerprint)).run(planned.plan)
+    Executor(rank, runner, transport, Recorder(0)).run(planned.plan)
 
 
 def _run_stage(

@@ -24,32 +24,30 @@ from megatron_pipeweaver.ir.codec import digest, problem_from_json, schedule_fro
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.plan import VerifiedPlan
 from megatron_pipeweaver.ir.problem import PassKey
-from megatron_pipeweaver.ir.trace import Trace
 from megatron_pipeweaver.partition.workload import loads
 from megatron_pipeweaver.planner.cache import PlanKey, RecentCache
 from megatron_pipeweaver.planner.child import PLANNER_COMMAND, Child, RestartPolicy, start_child
 from megatron_pipeweaver.planner.feedback import (
     CorrectionRow,
     Corrections,
-    stage_times,
 )
-from megatron_pipeweaver.planner.headroom import MemoryPeak, usable_bytes
+from megatron_pipeweaver.planner.headroom import usable_bytes
 from megatron_pipeweaver.planner.messages import (
     Answer,
     Failure,
     Hurry,
     Launch,
     Learnt,
-    Measurement,
     PlanRequest,
     pack,
     split_parts,
     unpack,
 )
 from megatron_pipeweaver.planner.planner import PlannedIteration, batch_digest
+from megatron_pipeweaver.planner.ran import pack_ran
 from megatron_pipeweaver.planner.settings import PlannerSettings, settings_to_json
 from megatron_pipeweaver.planner.sharing import own_part
-from megatron_pipeweaver.planner.source import PlanAnswer, PlanCounters
+from megatron_pipeweaver.planner.source import PlanAnswer, PlanCounters, RanPlan
 from megatron_pipeweaver.planner.wire import ReceivedPlan, decode, encode
 
 _log = logging.getLogger(__name__)
@@ -193,23 +191,10 @@ class BackgroundSource:
         """What plans use of each rank's memory, by what was measured so far."""
         return usable_bytes(self._settings.memory_capacity_bytes, self._usable_permille)
 
-    def observe(
-        self,
-        batch: BatchMetadata,
-        *,
-        forward_only: bool,
-        trace: Trace,
-        peaks: Sequence[MemoryPeak] = (),
-    ) -> None:
+    def observe(self, batch: BatchMetadata, *, forward_only: bool, ran: RanPlan) -> None:
         """Have the planner learn how long the stages of `batch` took, and in how much memory."""
         if self._config.learn:
-            measured = Measurement(
-                batch=batch,
-                forward_only=forward_only,
-                times=stage_times(trace),
-                peaks=tuple(peaks),
-            )
-            self._send(pack(measured))
+            self._send(pack_ran(batch, forward_only, ran))
 
     def close(self) -> None:
         """End the process."""

@@ -31,7 +31,7 @@ from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleSpec
 from megatron_pipeweaver.ir.problem import OpKind, PassKey, Problem, Strategy
-from megatron_pipeweaver.ir.trace import Trace, TraceKind
+from megatron_pipeweaver.ir.trace import TraceKind, TraceRow
 from megatron_pipeweaver.partition.workload import loads
 from megatron_pipeweaver.semu.interface import CostModel, Load, StageShape
 
@@ -285,8 +285,8 @@ def size_of(load: Load) -> int:
     return load.tokens.bit_length()
 
 
-def stage_times(trace: Trace) -> tuple[StageTime, ...]:
-    """The ops of `trace`."""
+def stage_times(rows: Iterable[TraceRow]) -> tuple[StageTime, ...]:
+    """The ops among `rows`, which may be of any ranks."""
     return tuple(
         StageTime(
             kind=row.key.kind,
@@ -297,8 +297,7 @@ def stage_times(trace: Trace) -> tuple[StageTime, ...]:
             strategy=row.strategy,
             duration_ns=row.end_ns - row.start_ns,
         )
-        for rank in trace.ranks
-        for row in rank
+        for row in rows
         if row.kind is TraceKind.COMPUTE
     )
 

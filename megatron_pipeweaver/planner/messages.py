@@ -1,6 +1,6 @@
 """What a training process and its planner say to each other: a line of JSON, then bytes.
 
-training ──► Launch, then PlanRequest, Hurry and Measurement
+training ──► Launch, then PlanRequest, Hurry and Ran
 planner  ──► Ready, then Answer, Failure and Learnt
 """
 
@@ -62,6 +62,21 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """An iteration has run; what it measured is for the planner's process to make out.
+
+    Behind it come `sizes` bytes: the plan that ran and, rank by rank, when its actions ran
+    (`ir.trace.ActionTimes`). Nothing is learnt from its passes `unlike` those planned for `batch`.
+    """
+
+    batch: BatchMetadata
+    forward_only: bool
+    unlike: tuple[int, ...]
+    peaks: tuple[MemoryPeak, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """The planner has read its settings."""
 
@@ -101,12 +116,13 @@ class Learnt:
     usable_permille: tuple[int, ...] = ()
 
 
-Message = Launch | PlanRequest | Hurry | Measurement | Ready | Answer | Failure | Learnt
+Message = Launch | PlanRequest | Hurry | Ran | Measurement | Ready | Answer | Failure | Learnt
 
 _KINDS: Mapping[str, type[Message]] = {
     "launch": Launch,
     "plan": PlanRequest,
     "hurry": Hurry,
+    "ran": Ran,
     "measured": Measurement,
     "ready": Ready,
     "answer": Answer,

@@ -43,11 +43,13 @@ from megatron_pipeweaver.planner.messages import (
     Measurement,
     Message,
     PlanRequest,
+    Ran,
     Ready,
     pack,
     unpack,
 )
 from megatron_pipeweaver.planner.planner import batch_digest
+from megatron_pipeweaver.planner.ran import measurement_of
 from megatron_pipeweaver.planner.settings import PlannerSettings
 from megatron_pipeweaver.planner.stops import Stops
 from megatron_pipeweaver.planner.wire import encode
@@ -223,7 +225,8 @@ def die_with_parent(parent: int) -> None:
 def _next(reader: Channel) -> Message:
     data = reader.receive(None)
     assert data is not None  # without a time limit there is always one
-    return unpack(data)[0]
+    message, rest = unpack(data)
+    return measurement_of(message, rest) if isinstance(message, Ran) else message
 
 
 def _read(reader: Channel, inbox: Inbox, stops: Stops) -> None:

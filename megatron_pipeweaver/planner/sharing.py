@@ -11,7 +11,6 @@ never needs more memory than planned.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import zip_longest
 
 from megatron_pipeweaver.compiler.narrow import narrow
@@ -21,7 +20,6 @@ from megatron_pipeweaver.ir.batch import BatchMetadata, Item, MicrobatchMetadata
 from megatron_pipeweaver.ir.cluster import ParallelSizes
 from megatron_pipeweaver.ir.lmm import ModelSpec
 from megatron_pipeweaver.ir.plan import Plan, VerifiedPlan
-from megatron_pipeweaver.ir.trace import Trace
 from megatron_pipeweaver.partition.workload import payloads_of
 
 
@@ -89,14 +87,10 @@ def own_part(
     return verify(narrow(shared.plan, payloads))
 
 
-def comparable(trace: Trace, shared: Plan, own: Plan) -> Trace:
-    """The rows of `trace`, of a run of `own`, whose passes are as large as in `shared`.
+def planned_larger(shared: Plan, own: Plan) -> tuple[int, ...]:
+    """Which passes of `own`, by their indices, are smaller than they were planned in `shared`.
 
-    Only from these can be learnt what stages of the shared plan take.
+    From these nothing can be learnt of what stages of the shared plan take.
     """
     planned = {one.key: one.payload for one in shared.passes}
-    equal = {one.key for one in own.passes if one.payload == planned[one.key]}
-    return replace(
-        trace,
-        ranks=tuple(tuple(row for row in rank if row.key.owner in equal) for rank in trace.ranks),
-    )
+    return tuple(index for index, one in enumerate(own.passes) if one.payload != planned[one.key])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.plan import VerifiedPlan
-from megatron_pipeweaver.ir.trace import Trace
+from megatron_pipeweaver.ir.trace import ActionTimes
 from megatron_pipeweaver.planner.headroom import MemoryPeak
 from megatron_pipeweaver.planner.planner import PlannedIteration, Planner, batch_digest
 from megatron_pipeweaver.planner.sharing import own_part
@@ -75,6 +75,20 @@ class PlanAnswer:
     planned: Callable[[], PlannedIteration | None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RanPlan:
+    """An iteration that has run: by `answer`, of which this replica ran its `own` part.
+
+    `peaks` are the ranks' memory peaks, where they were measured.
+    """
+
+    answer: PlanAnswer
+    made: VerifiedPlan
+    own: VerifiedPlan
+    times: ActionTimes
+    peaks: tuple[MemoryPeak, ...] = ()
+
+
 class PlanSource(Protocol):
     """Makes plans on the planning rank; on other ranks it is asked for none."""
 
@@ -108,18 +122,8 @@ class PlanSource(Protocol):
         """
         ...
 
-    def observe(
-        self,
-        batch: BatchMetadata,
-        *,
-        forward_only: bool,
-        trace: Trace,
-        peaks: Sequence[MemoryPeak] = (),
-    ) -> None:
-        """Tell how long the stages of `batch` really took; raises nothing.
-
-        `peaks` are the ranks' memory peaks, where they were measured.
-        """
+    def observe(self, batch: BatchMetadata, *, forward_only: bool, ran: RanPlan) -> None:
+        """Tell how long the stages of `batch` really took; raises nothing."""
         ...
 
     def close(self) -> None:
@@ -164,14 +168,7 @@ class InProcessSource:
             data=encode(planned, batch_digest(batch)), received=None, planned=lambda: planned
         )
 
-    def observe(
-        self,
-        batch: BatchMetadata,
-        *,
-        forward_only: bool,
-        trace: Trace,
-        peaks: Sequence[MemoryPeak] = (),
-    ) -> None:
+    def observe(self, batch: BatchMetadata, *, forward_only: bool, ran: RanPlan) -> None:
         """Does nothing: the plans follow the cost model as it was given."""
 
     def close(self) -> None:

@@ -50,6 +50,11 @@ def encode(planned: PlannedIteration, batch_digest: str) -> bytes:
     return to_bytes(header) + plan_to_json(planned.plan.plan)
 
 
+def plan_bytes(data: bytes) -> bytes:
+    """The plan alone in what `encode` made."""
+    return data.partition(b"\n")[2]
+
+
 def encode_failure(reason: str) -> bytes:
     """`reason` why there is no plan, on one line, for the ranks that wait for one.
 

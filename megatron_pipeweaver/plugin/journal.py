@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from megatron_pipeweaver.ir.json_reader import write_whole
 from megatron_pipeweaver.ir.plan_codec import plan_to_json
 from megatron_pipeweaver.planner.planner import PlanOrigin
 from megatron_pipeweaver.plugin.schedule import IterationReport
-from megatron_pipeweaver.view.layout import schedule_of_trace
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ class Journal:
         self._directory = directory
         self._write = write
         self._iteration = iteration
+        # Files take longer than what stands between two iterations may.
+        self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
 
     def record(self, report: IterationReport) -> None:
         """Tell of `report`; evaluation is passed over."""
@@ -46,12 +48,21 @@ class Journal:
         iteration = self._iteration()
         for name, number in numbers_of(report).items():
             self._write(f"pipeweaver/{name}", number, iteration)
-        if self._directory is None or report.planned is None:
-            return
+        if self._directory is not None and report.answer is not None:
+            self._files.submit(self._write_files, self._directory, report, iteration)
+
+    def close(self) -> None:
+        """Returns when everything is written."""
+        self._files.shutdown()
+
+    @staticmethod
+    def _write_files(directory: Path, report: IterationReport, iteration: int) -> None:
         try:
-            write_files(self._directory / f"iteration-{iteration:07d}", report)
+            write_files(directory / f"iteration-{iteration:07d}", report)
         except ConfigError as error:  # a full disk must not end the training that it tells of
             _log.warning("iteration %d is not written: %s; training goes on", iteration, error)
+        except Exception:
+            _log.exception("iteration %d is not written; training goes on", iteration)
 
 
 def numbers_of(report: IterationReport) -> Mapping[str, float]:
@@ -70,8 +81,8 @@ def numbers_of(report: IterationReport) -> Mapping[str, float]:
         "planned-bubble": received.bubble_ppm / 1e6,
         "fallback": float(received.origin is PlanOrigin.STATIC),
     }
-    if report.trace is not None:
-        numbers["measured-bubble"] = schedule_of_trace(report.trace).bubble()
+    if report.times is not None:
+        numbers["measured-bubble"] = report.times.bubble()
     if report.batch is not None:
         counts = [sum(map(len, one.items.values())) for one in report.batch.microbatches]
         numbers |= {
@@ -83,16 +94,20 @@ def numbers_of(report: IterationReport) -> Mapping[str, float]:
 
 
 def write_files(stem: Path, report: IterationReport) -> None:
-    """Write problem, schedule, plan and trace beside each other, their names beginning alike."""
+    """Write problem, schedule, plan and trace beside each other, their names beginning alike.
+
+    Nothing is written where only the plan is known.
+    """
     planned = report.planned
-    assert planned is not None
+    if planned is None:
+        return
     files: dict[str, bytes] = {
         "problem": problem_to_json(planned.problem),
         "schedule": schedule_to_json(planned.schedule),
         "plan": plan_to_json(planned.plan.plan),
     }
-    if report.trace is not None:
-        files["trace"] = trace_to_json(report.trace)
+    if (trace := report.trace) is not None:
+        files["trace"] = trace_to_json(trace)
     for kind, data in files.items():
         write_whole(stem.with_name(f"{stem.name}.{kind}.json"), data)
 

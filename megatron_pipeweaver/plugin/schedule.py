@@ -17,11 +17,10 @@ from megatron_pipeweaver.errors import PipeWeaverError, UnsupportedMegatronError
 from megatron_pipeweaver.ir.batch import BatchMetadata
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.plan import Plan, VerifiedPlan
-from megatron_pipeweaver.ir.trace import Trace
+from megatron_pipeweaver.ir.trace import ActionTimes, Trace
 from megatron_pipeweaver.planner.headroom import MemoryPeak
 from megatron_pipeweaver.planner.planner import PlannedIteration, Planner, batch_digest
-from megatron_pipeweaver.planner.sharing import comparable
-from megatron_pipeweaver.planner.source import InProcessSource, PlanAnswer, PlanSource
+from megatron_pipeweaver.planner.source import InProcessSource, PlanAnswer, PlanSource, RanPlan
 from megatron_pipeweaver.planner.wire import ReceivedPlan, decode, encode_failure
 from megatron_pipeweaver.plugin import compat
 from megatron_pipeweaver.plugin.communicators import Communicators, connect
@@ -36,7 +35,7 @@ from megatron_pipeweaver.plugin.gathers import gathered_parameters
 from megatron_pipeweaver.plugin.sharing import SharedBatch, share_batch
 from megatron_pipeweaver.plugin.stages import MegatronStages, StepContext
 from megatron_pipeweaver.runtime.activations import AllocatorGauge, MemoryGauge, TensorGauge
-from megatron_pipeweaver.runtime.agreement import agree, broadcast_bytes, gather_bytes
+from megatron_pipeweaver.runtime.agreement import agree, broadcast_bytes
 from megatron_pipeweaver.runtime.clock import DeviceClock, HostClock
 from megatron_pipeweaver.runtime.executor import Executor
 from megatron_pipeweaver.runtime.offload import copy_stream
@@ -58,19 +57,30 @@ UNSUPPORTED_OPTIONS: Mapping[str, str] = {
 class IterationReport:
     """What is known of an iteration when it has run.
 
-    `planned` is there on the planning rank only; `batch` on ranks that load data. `measured_ns`
-    is this rank's wall-clock time from the first to the last action, `trace` and memory `peaks`
+    `answer` is there on the planning rank only; `batch` on ranks that load data. `measured_ns`
+    is this rank's wall-clock time from the first to the last action, `times` and memory `peaks`
     the whole pipeline's where they are gathered.
     """
 
     iteration: int
     forward_only: bool
     received: ReceivedPlan
-    planned: PlannedIteration | None
+    answer: PlanAnswer | None
     batch: BatchMetadata | None
     measured_ns: int
-    trace: Trace | None
+    times: ActionTimes | None
     peaks: tuple[MemoryPeak, ...] = ()
+
+    @property
+    def planned(self) -> PlannedIteration | None:
+        """Problem and schedule behind the plan, where they are known; made anew in each call."""
+        return None if self.answer is None else self.answer.planned()
+
+    @property
+    def trace(self) -> Trace | None:
+        """All rows of all ranks, where times were gathered; made anew in each call."""
+        plan = self.received.plan
+        return None if self.times is None else self.times.trace(plan.plan, plan.fingerprint)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,8 +213,8 @@ class PipeWeaverSchedule:
             peak_bytes = None if gauge is None else gauge.peak_bytes
             if not forward_only:
                 finish_gradients(chunks, config, stages.num_tokens, groups, force_all_reduce)
-        peaks = self._peaks(plan, peak_bytes)
-        self._report(agreed, batch, forward_only, measured_ns, recorder, peaks)
+        times, peaks = self._measured(plan, recorder, peak_bytes)
+        self._report(agreed, batch, forward_only, measured_ns, times, peaks)
         return stages.losses()
 
     def _stages(
@@ -223,7 +233,7 @@ class PipeWeaverSchedule:
             # Events cost a little, and nobody reads times that are not gathered.
             on_device = self._gather_traces and torch.cuda.is_available()
             clock = DeviceClock() if on_device else HostClock()
-            recorder = Recorder(self._iteration, verified.fingerprint, clock=clock, on_action=at)
+            recorder = Recorder(self._iteration, clock=clock, on_action=at)
             if self._gather_traces:
                 recorder.start(ranks.pipeline)
             Executor(ranks.pipeline_rank, stages, ranks.transport, recorder).run(verified)
@@ -341,15 +351,19 @@ class PipeWeaverSchedule:
             self._copies = copy_stream()
         return self._copies
 
-    def _peaks(self, verified: VerifiedPlan, peak_bytes: int | None) -> tuple[MemoryPeak, ...]:
-        """Every pipeline rank's peak, planned and measured; none where nothing measures."""
-        if peak_bytes is None or self._communicators is None:
-            return ()
-        measured = gather_bytes(str(peak_bytes).encode(), self._communicators.pipeline)
-        return tuple(
-            MemoryPeak(planned_bytes=planned, measured_bytes=int(one))
-            for planned, one in zip(verified.peak_memory_bytes, measured, strict=True)
+    def _measured(
+        self, verified: VerifiedPlan, recorder: Recorder, peak_bytes: int | None
+    ) -> tuple[ActionTimes | None, tuple[MemoryPeak, ...]]:
+        """All pipeline ranks' times and memory peaks, as far as anything measures them."""
+        if not self._gather_traces or self._communicators is None:
+            return None, ()
+        times = recorder.gather(self._communicators.pipeline, peak_bytes)
+        peaks = tuple(
+            MemoryPeak(planned_bytes=planned, measured_bytes=measured)
+            for planned, measured in zip(verified.peak_memory_bytes, times.peak_bytes, strict=True)
+            if measured is not None
         )
+        return times, peaks
 
     def _report(
         self,
@@ -357,26 +371,25 @@ class PipeWeaverSchedule:
         batch: SharedBatch,
         forward_only: bool,
         measured_ns: int,
-        recorder: Recorder,
+        times: ActionTimes | None,
         peaks: tuple[MemoryPeak, ...],
     ) -> None:
-        trace = None
-        if self._gather_traces and self._communicators is not None:
-            trace = recorder.gather_trace(self._communicators.pipeline)
-        made, received, answer = agreed.made, agreed.received, agreed.answer
-        if trace is not None and batch.planned is not None and answer is not None:
-            told = comparable(trace, made.plan, received.plan.plan)
-            self._source.observe(batch.planned, forward_only=forward_only, trace=told, peaks=peaks)
+        received, answer = agreed.received, agreed.answer
+        if times is not None and batch.planned is not None and answer is not None:
+            ran = RanPlan(
+                answer=answer, made=agreed.made, own=received.plan, times=times, peaks=peaks
+            )
+            self._source.observe(batch.planned, forward_only=forward_only, ran=ran)
         if self._on_iteration is not None:
             self._on_iteration(
                 IterationReport(
                     iteration=self._iteration,
                     forward_only=forward_only,
                     received=received,
-                    planned=None if answer is None else answer.planned(),
+                    answer=answer,
                     batch=batch.own,
                     measured_ns=measured_ns,
-                    trace=trace,
+                    times=times,
                     peaks=peaks,
                 )
             )

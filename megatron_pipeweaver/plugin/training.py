@@ -298,6 +298,7 @@ def scheduled(
     finally:
         uninstall()
         source.close()
+        journal.close()
 
 
 def plan_source(ours: PipeWeaverArguments, settings: PlannerSettings) -> PlanSource:

@@ -23,18 +23,9 @@ from megatron_pipeweaver.ir.plan import (
 from megatron_pipeweaver.ir.plan_text import format_action
 from megatron_pipeweaver.ir.problem import OpKey, OpKind, PassKey, dependencies, receivers
 from megatron_pipeweaver.ir.text import format_op
-from megatron_pipeweaver.ir.trace import TraceKind
-from megatron_pipeweaver.runtime.clock import Mark
 from megatron_pipeweaver.runtime.recorder import Recorder
 from megatron_pipeweaver.runtime.stage import StageRunner
 from megatron_pipeweaver.runtime.transfer import Pending, Transport
-
-_TRANSFER_ROWS: Mapping[ActionKind, TraceKind] = {
-    ActionKind.ISEND: TraceKind.SEND,
-    ActionKind.IRECV: TraceKind.RECV,
-    ActionKind.WAIT_ISEND: TraceKind.WAIT,
-    ActionKind.WAIT_IRECV: TraceKind.WAIT,
-}
 
 
 class Executor:
@@ -78,25 +69,11 @@ class Executor:
             except (TransferError, PlanMismatchError) as error:
                 where = f"rank {self._rank}, action {index}: `{format_action(plan, action)}`"
                 raise type(error)(f"{where}: {error}") from error
-            self._record(plan, action, began)
+            self._recorder.leave(began, computes=isinstance(action, ComputeAction))
         try:
             self._transport.finish()
         except TransferError as error:
             raise TransferError(f"rank {self._rank}, behind its last action: {error}") from error
-
-    def _record(self, plan: Plan, action: ComputeAction | TransferAction, began: Mark) -> None:
-        if isinstance(action, ComputeAction):
-            self._recorder.leave(began, TraceKind.COMPUTE, action.op, strategy=action.strategy)
-            return
-        first = plan.messages[action.messages[0]]
-        peers = {first.source_rank, first.target_rank} - {self._rank}
-        self._recorder.leave(
-            began,
-            _TRANSFER_ROWS[action.kind],
-            first.source,
-            peer=peers.pop(),
-            size_bytes=sum(plan.messages[one].size_bytes for one in action.messages),
-        )
 
 
 class _Run:

@@ -1,41 +1,25 @@
-"""What really happened: every action of a rank with its start and end, gathered into a trace."""
+"""What really happened: when every action of a rank began and ended, gathered from all ranks."""
 
 from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
-from dataclasses import replace
-from typing import NamedTuple
+from array import array
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from megatron_pipeweaver.ir.codec import trace_from_json, trace_to_json
-from megatron_pipeweaver.ir.problem import OpKey
-from megatron_pipeweaver.ir.trace import Trace, TraceKind, TraceRow
+from megatron_pipeweaver.ir.trace import TIME_CODE, ActionTimes
 from megatron_pipeweaver.runtime.agreement import gather_bytes
 from megatron_pipeweaver.runtime.clock import Clock, HostClock, Mark
 
 
-class _Entry(NamedTuple):
-    """A row whose times are read when all has run."""
-
-    began: Mark
-    ended: Mark
-    kind: TraceKind
-    key: OpKey
-    strategy: str
-    peer: int | None
-    size_bytes: int | None
-
-
 class Recorder:
-    """Collects one rank's rows of one iteration.
+    """Collects the times of one rank's actions in one iteration.
 
     Args:
         iteration: its number.
-        plan_sha256: fingerprint of the plan that runs.
-        clock: the device's where the host runs ahead of it, so that rows tell of its work and not
+        clock: the device's where the host runs ahead of it, so that times tell of its work and not
             of its queue; the host's by default.
         on_action: told the index of every action before it runs.
     """
@@ -43,34 +27,24 @@ class Recorder:
     def __init__(
         self,
         iteration: int,
-        plan_sha256: str,
         *,
         clock: Clock | None = None,
         on_action: Callable[[int], None] | None = None,
     ) -> None:
         self._iteration = iteration
-        self._plan_sha256 = plan_sha256
         self._clock = clock or HostClock()
         self._on_action = on_action
-        self._entries: list[_Entry] = []
+        self._marks: list[Mark] = []
+        self._computes: list[bool] = []
         self._start_ns = self._clock.start()
 
     @property
-    def rows(self) -> tuple[TraceRow, ...]:
-        """The rows so far; times from this rank's own start."""
-        elapsed_ns = self._clock.elapsed_ns
-        return tuple(
-            TraceRow(
-                kind=one.kind,
-                key=one.key,
-                strategy=one.strategy,
-                start_ns=elapsed_ns(one.began),
-                end_ns=elapsed_ns(one.ended),
-                peer=one.peer,
-                size_bytes=one.size_bytes,
-            )
-            for one in self._entries
-        )
+    def times_ns(self) -> Sequence[int]:
+        """Start and end of every action so far, by turns, from this rank's own start."""
+        return self._read()
+
+    def _read(self) -> array[int]:
+        return array(TIME_CODE, map(self._clock.elapsed_ns, self._marks))
 
     def start(self, group: dist.ProcessGroup | None = None) -> None:
         """Set the start, behind a barrier of `group`: a common one where clocks are not shared."""
@@ -84,56 +58,43 @@ class Recorder:
             self._on_action(index)
         return self._clock.mark()
 
-    def leave(
-        self,
-        began: Mark,
-        kind: TraceKind,
-        key: OpKey,
-        *,
-        strategy: str = "",
-        peer: int | None = None,
-        size_bytes: int | None = None,
-    ) -> None:
-        """Record that what began at `began`, as `enter` told, ends now."""
-        self._entries.append(
-            _Entry(began, self._clock.mark(), kind, key, strategy, peer, size_bytes)
-        )
+    def leave(self, began: Mark, *, computes: bool) -> None:
+        """Record that the action that `began`, a stage's or a message's, ends now."""
+        self._marks.append(began)
+        self._marks.append(self._clock.mark())
+        self._computes.append(computes)
 
-    def gather_trace(self, group: dist.ProcessGroup) -> Trace:
-        """All ranks' rows, in the order of `group` (a pipeline's ranks), on every rank of it.
+    def gather(self, group: dist.ProcessGroup, peak_bytes: int | None = None) -> ActionTimes:
+        """All ranks' times, in the order of `group` (a pipeline's ranks), on every rank of it.
 
-        Ranks of one host share a clock, so their rows are set against the earliest start among
+        Ranks of one host share a clock, so their times are set against the earliest start among
         them; across hosts the starts count as one instant.
+
+        Args:
+            group: every rank of it calls this.
+            peak_bytes: the most that this rank held, where memory is measured.
 
         Raises:
             TransferError: a rank of the group is gone.
         """
-        alone = Trace(
-            iteration=self._iteration,
-            plan_sha256=self._plan_sha256,
-            hosts=(socket.gethostname(),),
-            ranks=(self.rows,),
-        )
-        header = json.dumps([self._start_ns]).encode()
-        parts = gather_bytes(header + b"\n" + trace_to_json(alone), group)
-        starts = [int(json.loads(part.partition(b"\n")[0])[0]) for part in parts]
-        traces = [trace_from_json(part.partition(b"\n")[2], "trace") for part in parts]
-        hosts = tuple(trace.hosts[0] for trace in traces)
+        times_ns = self._read()
+        spans = zip(times_ns[::2], times_ns[1::2], self._computes, strict=True)
+        busy_ns = sum(end_ns - start_ns for start_ns, end_ns, computes in spans if computes)
+        header = json.dumps([self._start_ns, socket.gethostname(), busy_ns, peak_bytes])
+        parts = gather_bytes(header.encode() + b"\n" + times_ns.tobytes(), group)
+        heads, _, rows = zip(*(part.partition(b"\n") for part in parts), strict=True)
+        starts, hosts, busy, peaks = zip(*map(json.loads, heads), strict=True)
         first = {
             host: min(start for start, where in zip(starts, hosts, strict=True) if where == host)
             for host in hosts
         }
-        return replace(
-            alone,
+        return ActionTimes(
+            iteration=self._iteration,
             hosts=hosts,
-            ranks=tuple(
-                _later(trace.ranks[0], start - first[host])
-                for trace, start, host in zip(traces, starts, hosts, strict=True)
+            offsets_ns=tuple(
+                start - first[host] for start, host in zip(starts, hosts, strict=True)
             ),
+            spans=rows,
+            busy_ns=busy,
+            peak_bytes=peaks,
         )
-
-
-def _later(rows: tuple[TraceRow, ...], by_ns: int) -> tuple[TraceRow, ...]:
-    return tuple(
-        replace(row, start_ns=row.start_ns + by_ns, end_ns=row.end_ns + by_ns) for row in rows
-    )

@@ -29,6 +29,7 @@ from megatron_pipeweaver.runtime.recorder import Recorder
 from megatron_pipeweaver.runtime.stage import ModuleStages
 from megatron_pipeweaver.runtime.transfer import ProcessGroupTransport
 from megatron_pipeweaver.runtime.watchdog import StoreBoard, WatchConfig, Watchdog
+from megatron_pipeweaver.view.layout import schedule_of_trace
 from tests.distributed.harness import RankContext, outcomes_of_ranks, run_on_ranks
 from tests.distributed.toy import (
     build_chunks,
@@ -57,7 +58,7 @@ def _run(
         ctx.note(f"action {index}: {format_action(plan, plan.ranks[rank][index])}")
 
     stages, chunks = stages_of(plan, rank)
-    recorder = Recorder(7, verified.fingerprint, on_action=note)
+    recorder = Recorder(7, on_action=note)
     Executor(rank, stages, transport, recorder).run(verified)
     if not plan.forward_only:
         stages.fill_missing_gradients()
@@ -86,7 +87,12 @@ def _all_cases(ctx: RankContext) -> dict[str, Any]:
         values, recorder = _run(ctx, verified, rank, one if size == 4 else two)
         result["values"][size, seed, replica] = values
         if size == 4:
-            result["traces"][seed] = trace_to_json(recorder.gather_trace(world))
+            times = recorder.gather(world, None if ctx.rank == 1 else ctx.rank)
+            assert times.peak_bytes == (0, None, 2, 3)
+            trace = times.trace(verified.plan, verified.fingerprint)
+            assert times.duration_ns == trace.duration_ns
+            assert times.bubble() == pytest.approx(schedule_of_trace(trace).bubble())
+            result["traces"][seed] = trace_to_json(trace)
     result["gathered"] = gather_bytes(b"x" * ctx.rank, world)
     result["mismatch"] = _disagree(ctx, world)
     return result
@@ -217,7 +223,7 @@ def _stage_fails(ctx: RankContext, wrong: type[ModuleStages]) -> None:
         stages, _ = stages_of(plan.plan, ctx.rank)
     watchdog = Watchdog(ctx.rank, StoreBoard(_get_default_store(), "0"), WatchConfig())
     with watchdog.watching(plan.plan, 5) as at:
-        Executor(ctx.rank, stages, transport, Recorder(5, "", on_action=at)).run(plan)
+        Executor(ctx.rank, stages, transport, Recorder(5, on_action=at)).run(plan)
 
 
 def _trained_plan() -> VerifiedPlan:

@@ -16,10 +16,13 @@ from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.batch import BatchMetadata, Item, MicrobatchMetadata
 from megatron_pipeweaver.ir.plan import ComputeAction, PassPayload, Plan
 from megatron_pipeweaver.ir.problem import PassKey
-from megatron_pipeweaver.ir.trace import Trace, TraceKind, TraceRow
-from megatron_pipeweaver.planner.sharing import comparable, merge_batches, own_part
+from megatron_pipeweaver.planner.messages import Measurement, Ran, unpack
+from megatron_pipeweaver.planner.ran import measurement_of, pack_ran
+from megatron_pipeweaver.planner.sharing import merge_batches, own_part
+from megatron_pipeweaver.planner.source import PlanAnswer, RanPlan
+from megatron_pipeweaver.planner.wire import encode
 from tests.unit.compiler.samples import draw_sample
-from tests.unit.planner.examples import IMAGE, batch_of, make_planner
+from tests.unit.planner.examples import IMAGE, batch_of, make_planner, ran
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -134,20 +137,32 @@ def test_the_largest_microbatch_is_planned_for_place_by_place() -> None:
 def test_nothing_is_learnt_from_passes_that_were_planned_larger() -> None:
     planner = make_planner()
     mine, other = batch_of(3, 0), batch_of(4, 2)
-    shared = planner.plan(merge_batches([mine, other])).plan
-    own = own_part(shared, mine, planner.model, None)
-    rows = tuple(
-        tuple(
-            TraceRow(kind=TraceKind.COMPUTE, key=one.op, strategy="", start_ns=0, end_ns=1)
-            for one in rank
-            if isinstance(one, ComputeAction)
-        )
-        for rank in own.plan.ranks
+    shared = planner.plan(merge_batches([mine, other]))
+    own = own_part(shared.plan, mine, planner.model, None)
+    whole = ran(PlanAnswer(data=encode(shared, ""), received=None, planned=lambda: None), len)
+    alone = replace(
+        whole,
+        made=shared.plan,
+        own=own,
+        times=replace(
+            whole.times,
+            spans=tuple(
+                span[: 16 * len(actions)]
+                for span, actions in zip(whole.times.spans, own.plan.ranks, strict=True)
+            ),
+        ),
     )
-    trace = Trace(iteration=0, plan_sha256="", hosts=("", ""), ranks=rows)
-    told = comparable(trace, shared.plan, own.plan)
-    assert {row.key.owner for rank in told.ranks for row in rank} == {
+    told = _measured(mine, alone)
+    assert {(one.microbatch, one.module, one.sub_microbatch) for one in told.times} == {
         PassKey(0, "vision", 0),  # two images of two; the second pass has one of two
         PassKey(0, "language", 0),
         PassKey(1, "language", 0),
     }
+    ops = sum(isinstance(one, ComputeAction) for rank in shared.plan.plan.ranks for one in rank)
+    assert len(_measured(mine, whole).times) == ops
+
+
+def _measured(batch: BatchMetadata, one: RanPlan) -> Measurement:
+    message, data = unpack(pack_ran(batch, False, one))
+    assert isinstance(message, Ran)
+    return measurement_of(message, data)

@@ -1,16 +1,23 @@
 """Models, cuts, costs and batches for the planner; nothing here needs torch."""
 
 import random
+from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from megatron_pipeweaver.config import SearchConfig
 from megatron_pipeweaver.ir.batch import BatchMetadata, Item, MicrobatchMetadata
 from megatron_pipeweaver.ir.layout import ChunkLayout, ModuleLayout
 from megatron_pipeweaver.ir.lmm import ModelSpec, ModuleKind, ModuleSpec
-from megatron_pipeweaver.ir.problem import Strategy
+from megatron_pipeweaver.ir.plan import ComputeAction
+from megatron_pipeweaver.ir.problem import OpKey, Strategy
+from megatron_pipeweaver.ir.trace import TIME_CODE, ActionTimes
 from megatron_pipeweaver.planner.planner import Planner
 from megatron_pipeweaver.planner.settings import CostSettings, PlannerSettings
+from megatron_pipeweaver.planner.source import PlanAnswer, RanPlan
+from megatron_pipeweaver.planner.wire import decode
 from megatron_pipeweaver.semu.devices import load_device
 from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.options import RunOptions
@@ -143,3 +150,23 @@ def make_settings(*, capacity: int = 1 << 30, **search: Any) -> PlannerSettings:
         dtypes={"vision": "float32", "language": "float32"},
         search=replace(QUICK, **search),
     )
+
+
+def ran(answer: PlanAnswer, duration_ns: Callable[[OpKey], int]) -> RanPlan:
+    """An iteration by `answer` in which every op took what `duration_ns` says."""
+    verified = (answer.received or decode(answer.data)).plan
+    ranks = verified.plan.ranks
+    spans = (
+        [(0, duration_ns(one.op) if isinstance(one, ComputeAction) else 7) for one in actions]
+        for actions in ranks
+    )
+    count = len(ranks)
+    times = ActionTimes(
+        iteration=0,
+        hosts=("here",) * count,
+        offsets_ns=(0,) * count,
+        spans=tuple(array(TIME_CODE, chain.from_iterable(one)).tobytes() for one in spans),
+        busy_ns=(0,) * count,
+        peak_bytes=(None,) * count,
+    )
+    return RanPlan(answer=answer, made=verified, own=verified, times=times)

@@ -17,8 +17,7 @@ from megatron_pipeweaver.planner.child import RestartPolicy, start_child
 from megatron_pipeweaver.planner.messages import Hurry, Launch, PlanRequest, Ready, pack, unpack
 from megatron_pipeweaver.planner.process import OUT_OF_MEMORY, PlanningDesk, usable_cores
 from megatron_pipeweaver.planner.source import InProcessSource, PlanCounters
-from tests.unit.planner.examples import batch_of, make_settings
-from tests.unit.planner.test_feedback import traced
+from tests.unit.planner.examples import batch_of, make_settings, ran
 
 MS = 1_000_000
 PATIENT = BackgroundConfig(
@@ -169,11 +168,11 @@ def test_measured_times_correct_the_next_plans(sources):
     source = sources()
     for count, images in enumerate((1, 2, 3, 4, 1, 2, 3, 4), start=1):
         batch = batch_of(images, 0, images)
-        planned = source.collect(batch, forward_only=False).planned()
+        answer = source.collect(batch, forward_only=False)
         source.observe(
             batch,
             forward_only=False,
-            trace=traced(planned, lambda op: 500_000 * (1 + len(op.key.module))),
+            ran=ran(answer, lambda op: 500_000 * (1 + len(op.module))),
         )
         wait_for_errors(source, count)
     errors = source.errors_permille
@@ -184,15 +183,15 @@ def test_measured_times_correct_the_next_plans(sources):
 def test_what_was_learnt_outlives_the_process(sources):
     source = sources()
     batch = batch_of(2)
-    planned = source.collect(batch, forward_only=False).planned()
+    answer = source.collect(batch, forward_only=False)
     for _ in range(20):
-        source.observe(batch, forward_only=False, trace=traced(planned, lambda op: 30_000_000))
+        source.observe(batch, forward_only=False, ran=ran(answer, lambda op: 30_000_000))
     wait_for_errors(source, 20)
     os.kill(source.process, signal.SIGKILL)
     assert wait_until(lambda: not source._receive(0) and source.process is None)
     after = source.collect(batch_of(2, 2), forward_only=False)
     assert source.counters.restarted == 1
-    assert after.received.plan.plan.makespan_ns > 3 * planned.schedule.makespan_ns
+    assert after.received.plan.plan.makespan_ns > 3 * answer.planned().schedule.makespan_ns
 
 
 # --- faults --------------------------------------------------------------------------------------
@@ -329,7 +328,7 @@ def test_it_takes_at_most_half_of_the_cores():
 ORPHAN = """
 import os, signal, sys, time
 from megatron_pipeweaver.planner.background import BackgroundSource
-from tests.unit.planner.examples import batch_of, make_settings
+from tests.unit.planner.examples import batch_of, make_settings, ran
 source = BackgroundSource(make_settings(time_budget_ns=60_000_000_000, max_rounds=None))
 source.request(batch_of(4, 0, 3, 4, 1), forward_only=False)
 if not os.fork():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_pipeweaver.planner.planner import batch_digest
+from megatron_pipeweaver.planner.source import PlanAnswer
 from megatron_pipeweaver.planner.wire import decode, encode
 from megatron_pipeweaver.plugin.journal import Journal
 from megatron_pipeweaver.plugin.schedule import IterationReport
@@ -18,14 +19,15 @@ from tests.unit.planner.examples import batch_of, make_planner
 def report() -> IterationReport:
     batch = batch_of(3, 0, 5)
     planned = make_planner().plan(batch)
+    data = encode(planned, batch_digest(batch))
     return IterationReport(
         iteration=0,
         forward_only=False,
-        received=decode(encode(planned, batch_digest(batch))),
-        planned=planned,
+        received=decode(data),
+        answer=PlanAnswer(data=data, received=None, planned=lambda: planned),
         batch=batch,
         measured_ns=5_000_000,
-        trace=None,
+        times=None,
     )
 
 
@@ -33,6 +35,7 @@ def test_problem_schedule_and_plan_stand_beside_each_other(tmp_path: Path) -> No
     numbers: dict[str, float] = {}
     journal = Journal(tmp_path, lambda name, value, _: numbers.update({name: value}), lambda: 7)
     journal.record(report())
+    journal.close()
     assert sorted(one.name for one in tmp_path.iterdir()) == [
         f"iteration-0000007.{kind}.json" for kind in ("plan", "problem", "schedule")
     ]
@@ -49,6 +52,7 @@ def test_training_goes_on_where_the_disk_is_full(
     try:
         with caplog.at_level(logging.WARNING):
             journal.record(report())
+            journal.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "iteration 7 is not written" in caplog.text

@@ -26,7 +26,7 @@ from megatron_pipeweaver.ir.plan import (
     VerifiedPlan,
 )
 from megatron_pipeweaver.ir.problem import OpKey, PassKey
-from megatron_pipeweaver.ir.trace import TraceKind
+from megatron_pipeweaver.ir.trace import TraceKind, trace_rows
 from megatron_pipeweaver.runtime.executor import Executor
 from megatron_pipeweaver.runtime.local import LocalNetwork, LocalTransport
 from megatron_pipeweaver.runtime.recorder import Recorder
@@ -49,9 +49,7 @@ def _run_ranks(
     """Run every rank in a thread; what each raised, and its recorder."""
     network = network or LocalNetwork()
     errors: dict[int, PipeWeaverError] = {}
-    recorders = {
-        rank: Recorder(0, verified.fingerprint) for rank in range(verified.plan.pipeline_size)
-    }
+    recorders = {rank: Recorder(0) for rank in range(verified.plan.pipeline_size)}
 
     def work(rank: int) -> None:
         try:
@@ -84,7 +82,7 @@ def test_threads_equal_one_process(seed: int, forward_only: bool) -> None:
         losses |= stages.losses
         found |= gradients(chunks)
         assert not stages._alive
-        assert len(recorders[rank].rows) == len(verified.plan.ranks[rank])
+        assert len(recorders[rank].times_ns) == 2 * len(verified.plan.ranks[rank])
     expected_losses, expected = run_in_one_process(verified.plan)
     assert losses.keys() == expected_losses.keys()
     assert all(torch.equal(losses[key], expected_losses[key]) for key in losses)
@@ -122,7 +120,7 @@ def test_rows_tell_every_action_in_order() -> None:
     plan = verified.plan
     _, recorders = _run_ranks(verified, lambda rank: stages_of(plan, rank)[0])
     for rank, recorder in recorders.items():
-        rows = recorder.rows
+        rows = trace_rows(plan, rank, recorder.times_ns)
         assert all(row.start_ns <= row.end_ns for row in rows)
         assert all(a.end_ns <= b.start_ns for a, b in pairwise(rows))
         for row, action in zip(rows, plan.ranks[rank], strict=True):
@@ -142,13 +140,13 @@ def test_rows_tell_every_action_in_order() -> None:
 def test_only_verified_plans_run() -> None:
     verified = _wide_plan()
     executor = Executor(
-        0, stages_of(verified.plan, 0)[0], LocalTransport(LocalNetwork()), Recorder(0, "")
+        0, stages_of(verified.plan, 0)[0], LocalTransport(LocalNetwork()), Recorder(0)
     )
     with pytest.raises(PlanInvalidError, match="verified plans only"):
         executor.run(verified.plan)  # type: ignore[arg-type]
     with pytest.raises(PlanInvalidError, match="rank 2 is not one of the plan's 2"):
         Executor(
-            2, stages_of(verified.plan, 0)[0], LocalTransport(LocalNetwork()), Recorder(0, "")
+            2, stages_of(verified.plan, 0)[0], LocalTransport(LocalNetwork()), Recorder(0)
         ).run(verified)
 
 

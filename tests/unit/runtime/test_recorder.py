@@ -1,4 +1,4 @@
-"""The recorder: rows on its own clock, and what it calls on the way."""
+"""The recorder: times on its own clock, and what it calls on the way."""
 
 from __future__ import annotations
 
@@ -7,26 +7,18 @@ from itertools import count
 import pytest
 import torch
 
-from megatron_pipeweaver.ir.text import parse_op
-from megatron_pipeweaver.ir.trace import TraceKind, TraceRow
 from megatron_pipeweaver.runtime.clock import DeviceClock, HostClock
 from megatron_pipeweaver.runtime.recorder import Recorder
 
 
-def test_rows_count_from_the_start() -> None:
+def test_times_count_from_the_start() -> None:
     ticks = count(100, 10)
     entered: list[int] = []
-    recorder = Recorder(3, "ab", clock=HostClock(lambda: next(ticks)), on_action=entered.append)
+    recorder = Recorder(3, clock=HostClock(lambda: next(ticks)), on_action=entered.append)
     recorder.start()  # at 110
-    op = parse_op("vision0.F3")
-    recorder.leave(recorder.enter(0), TraceKind.COMPUTE, op, strategy="keep")
-    recorder.leave(recorder.enter(1), TraceKind.SEND, op, peer=1, size_bytes=24)
-    assert recorder.rows == (
-        TraceRow(kind=TraceKind.COMPUTE, key=op, strategy="keep", start_ns=10, end_ns=20),
-        TraceRow(
-            kind=TraceKind.SEND, key=op, strategy="", start_ns=30, end_ns=40, peer=1, size_bytes=24
-        ),
-    )
+    recorder.leave(recorder.enter(0), computes=True)
+    recorder.leave(recorder.enter(1), computes=False)
+    assert list(recorder.times_ns) == [10, 20, 30, 40]
     assert entered == [0, 1]
 
 
@@ -74,17 +66,13 @@ def test_on_a_gpu_rows_tell_of_the_work_and_not_of_how_soon_the_host_gave_it(
     stream = Stream()
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(stream))
     monkeypatch.setattr(torch.cuda, "synchronize", stream.synchronize)
-    recorder = Recorder(3, "ab", clock=DeviceClock())
+    recorder = Recorder(3, clock=DeviceClock())
     stream.queue.append(1000)  # of the iteration in front, say its optimizer's step
     recorder.start()
     waited = stream.waited
-    op = parse_op("vision0.F3")
     for milliseconds in (40, 7):
         began = recorder.enter(0)
         stream.queue.append(milliseconds)
-        recorder.leave(began, TraceKind.COMPUTE, op)
+        recorder.leave(began, computes=True)
     assert stream.waited == waited  # the host went on
-    assert [(one.start_ns, one.end_ns) for one in recorder.rows] == [
-        (0, 40_000_000),
-        (40_000_000, 47_000_000),
-    ]
+    assert list(recorder.times_ns) == [0, 40_000_000, 40_000_000, 47_000_000]

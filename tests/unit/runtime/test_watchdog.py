@@ -60,7 +60,7 @@ def run_rank(
     stages = stages or stages_of(verified.plan, rank)[0]
     try:
         with watchdog.watching(verified.plan, 4) as at:
-            recorder = Recorder(4, verified.fingerprint, on_action=at)
+            recorder = Recorder(4, on_action=at)
             Executor(rank, stages, LocalTransport(network), recorder).run(verified)
     except (PipeWeaverError, ValueError) as error:
         return error
