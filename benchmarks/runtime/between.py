@@ -194,6 +194,7 @@ def run_ranks(
     )
     schedule._communicators = Communicators(
         control=dist.new_group(list(everyone), backend="gloo"),  # type: ignore[arg-type]
+        ahead=dist.new_group(list(everyone), backend="gloo"),  # type: ignore[arg-type]
         planning_rank=0,
         replicas=(everyone,),
         pipeline=dist.new_group(list(everyone), backend="gloo"),  # type: ignore[arg-type]

@@ -16,11 +16,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from megatron_pipeweaver.config import SECOND_NS
 from megatron_pipeweaver.errors import ConfigError, PipeWeaverError, PlanInvalidError
 from megatron_pipeweaver.ir.batch import BatchMetadata
-from megatron_pipeweaver.ir.codec import digest, problem_from_json, schedule_from_json, to_bytes
+from megatron_pipeweaver.ir.codec import digest, to_bytes
 from megatron_pipeweaver.ir.layout import ChunkLayout
 from megatron_pipeweaver.ir.plan import VerifiedPlan
 from megatron_pipeweaver.ir.problem import PassKey
@@ -40,15 +41,14 @@ from megatron_pipeweaver.planner.messages import (
     Learnt,
     PlanRequest,
     pack,
-    split_parts,
-    unpack,
 )
-from megatron_pipeweaver.planner.planner import PlannedIteration, batch_digest
+from megatron_pipeweaver.planner.planner import batch_digest
+from megatron_pipeweaver.planner.post import Arrived, Letter, Post
 from megatron_pipeweaver.planner.ran import pack_ran
 from megatron_pipeweaver.planner.settings import PlannerSettings, settings_to_json
 from megatron_pipeweaver.planner.sharing import own_part
-from megatron_pipeweaver.planner.source import PlanAnswer, PlanCounters, RanPlan
-from megatron_pipeweaver.planner.wire import ReceivedPlan, decode, encode
+from megatron_pipeweaver.planner.source import Heard, PlanAnswer, PlanCounters, RanPlan
+from megatron_pipeweaver.planner.wire import ReceivedPlan, encode
 
 _log = logging.getLogger(__name__)
 _OPEN_REQUESTS = 8
@@ -87,7 +87,7 @@ class _Open:
     number: int
     sent_ns: int
     ahead: bool
-    parts: tuple[bytes, ...] | None = None
+    answer: PlanAnswer | PipeWeaverError | None = None
     failure: str = ""
 
 
@@ -121,12 +121,14 @@ class BackgroundSource:
         self._command = tuple(command)
         self._clock = clock
         self._counters = PlanCounters()
+        self._settings_bytes = settings_to_json(settings)
         self._costs = settings.costs.make()
         self._open: RecentCache[_Open] = RecentCache(_OPEN_REQUESTS)
         self._plans: RecentCache[PlanAnswer] = RecentCache(config.cached_plans)
         self._intervals_ns: deque[int] = deque(maxlen=_INTERVALS)
         self._errors_permille: list[int] = []
         self._child: Child | None = None
+        self._post: Post | None = None
         self._may_start_ns: int | None = clock()
         self._silent_since_ns: int | None = None
         self._failures = 0
@@ -162,12 +164,24 @@ class BackgroundSource:
         settings = self._settings
         return own_part(shared, batch, settings.model, settings.costs.options.parallel)
 
-    def request(self, batch: BatchMetadata, *, forward_only: bool) -> None:
+    @property
+    def plans_ahead(self) -> bool:
+        """Always."""
+        return True
+
+    def request(
+        self, batch: BatchMetadata, *, forward_only: bool, heard: Heard | None = None
+    ) -> None:
         """Have `batch` planned; returns at once and raises nothing."""
         self._receive(0)
         name = (batch_digest(batch), forward_only)
-        if self._open.get(name) is None and self._plans.get(self._key(*name)) is None:
-            self._send_request(batch, forward_only, ahead=True)
+        if self._open.get(name) is not None:
+            return
+        known = self._plans.get(self._key(*name))
+        if known is None:
+            self._send_request(batch, forward_only, ahead=True, heard=heard)
+        elif heard is not None:
+            heard(known)
 
     def collect(self, batch: BatchMetadata, *, forward_only: bool) -> PlanAnswer:
         """The plan that was searched for `batch`, or else a static one.
@@ -194,14 +208,15 @@ class BackgroundSource:
     def observe(self, batch: BatchMetadata, *, forward_only: bool, ran: RanPlan) -> None:
         """Have the planner learn how long the stages of `batch` took, and in how much memory."""
         if self._config.learn:
-            self._send(pack_ran(batch, forward_only, ran))
+            self._send(partial(pack_ran, batch, forward_only, ran))
 
     def close(self) -> None:
         """End the process."""
         self._may_start_ns = None
-        if self._child is not None:
+        if self._child is not None and self._post is not None:
+            self._post.close()
             self._child.leave()
-            self._child = None
+        self._child = self._post = None
 
     # --- plans -----------------------------------------------------------------------------------
 
@@ -219,15 +234,16 @@ class BackgroundSource:
                 self._count(cached=1)
                 return cached
         # The process drops a request that a later one stands behind; then ask anew.
-        if found is None or (found.parts is None and found.number != self._number):
+        if found is None or (found.answer is None and found.number != self._number):
             found = self._send_request(batch, forward_only, ahead=False)
         try:
-            parts = self._await(found, asked_ns)
+            answer = self._await(found, asked_ns)
         finally:
-            if found.parts is not None or found.failure:  # else it may still come of use
+            if found.answer is not None or found.failure:  # else it may still come of use
                 self._open.drop(name)
         try:
-            answer = _read_answer(parts)
+            if isinstance(answer, PipeWeaverError):
+                raise answer
             assert answer.received is not None
             self._check(answer.received, batch, forward_only)
         except PipeWeaverError as error:
@@ -238,7 +254,7 @@ class BackgroundSource:
             raise _NoPlanError("its plan is from before memory was measured, and needs too much")
         return answer
 
-    def _await(self, request: _Open, asked_ns: int) -> tuple[bytes, ...]:
+    def _await(self, request: _Open, asked_ns: int) -> PlanAnswer | PipeWeaverError:
         """The answer to `request`; raises `_NoPlanError` where none comes in time.
 
         A search that had the whole iteration before is to end at once with the best it has; one
@@ -247,7 +263,7 @@ class BackgroundSource:
         until_ns = asked_ns + self._config.wait_ns
         hurry_ns = asked_ns if request.ahead else asked_ns + self._config.wait_ns // 2
         hurried = False
-        while request.parts is None:
+        while request.answer is None:
             if request.failure:
                 self._count(failed=1)
                 raise _NoPlanError(request.failure)
@@ -262,7 +278,7 @@ class BackgroundSource:
                 self._count(late=1)
                 raise _NoPlanError(f"no plan within {self._config.wait_ns / 1e6:.0f} ms")
             self._receive(left_ns if hurried else min(left_ns, hurry_ns - now_ns))
-        return request.parts
+        return request.answer
 
     def _check(self, received: ReceivedPlan, batch: BatchMetadata, forward_only: bool) -> None:
         """Returns when `received` runs exactly the passes of `batch`."""
@@ -297,7 +313,8 @@ class BackgroundSource:
         return any(peak > usable for peak, usable in zip(peaks, self.usable_bytes, strict=True))
 
     def _static_answer(self, batch: BatchMetadata, forward_only: bool) -> PlanAnswer:
-        planned = self._static.static_plan(batch, forward_only=forward_only)
+        planner = self._settings.make(self._costs, self._usable_permille, self._corrections)
+        planned = planner.static_plan(batch, forward_only=forward_only)
         data = encode(planned, batch_digest(batch))
         return PlanAnswer(data=data, received=None, planned=lambda: planned)
 
@@ -308,27 +325,28 @@ class BackgroundSource:
 
     # --- talk ------------------------------------------------------------------------------------
 
-    def _send_request(self, batch: BatchMetadata, forward_only: bool, *, ahead: bool) -> _Open:
+    def _send_request(
+        self, batch: BatchMetadata, forward_only: bool, *, ahead: bool, heard: Heard | None = None
+    ) -> _Open:
         name = (batch_digest(batch), forward_only)
         self._ensure_child()
         self._number += 1
         made = _Open(key=self._key(*name), number=self._number, sent_ns=self._clock(), ahead=ahead)
-        if self._child is None:
+        if self._post is None:
             return made
         self._open.put(name, made)
+        if heard is not None:
+            self._post.tell(made.number, heard)
         if not ahead:  # whatever is searched for now is not what training waits for
             self._send(pack(Hurry(number=made.number - 1)))
-        self._send(
-            pack(
-                PlanRequest(
-                    number=made.number,
-                    batch=batch,
-                    forward_only=forward_only,
-                    budget_ns=self._budget_ns(ahead=ahead),
-                )
-            )
+        request = PlanRequest(
+            number=made.number,
+            batch=batch,
+            forward_only=forward_only,
+            budget_ns=self._budget_ns(ahead=ahead),
         )
-        if self._silent_since_ns is None and self._child is not None:
+        self._send(partial(pack, request))
+        if self._silent_since_ns is None:
             self._silent_since_ns = made.sent_ns
         return made
 
@@ -339,23 +357,19 @@ class BackgroundSource:
             return min(most, self._config.wait_ns // 2)
         return min([most, *(3 * one // 4 for one in self._intervals_ns)])
 
-    def _send(self, data: bytes) -> None:
-        if self._child is None:
-            return
-        try:
-            self._child.channel.send(data)
-        except PipeWeaverError as error:
-            self._fail(f"ended ({error})")
+    def _send(self, letter: Letter) -> None:
+        if self._post is not None:
+            self._post.send(letter)
 
     def _receive(self, timeout_ns: int) -> None:
         """Take in all that has come; waits up to `timeout_ns` for the first message."""
         timeout_s = timeout_ns / SECOND_NS
         try:
-            while self._child is not None:
-                data = self._child.channel.receive(timeout_s)
-                if data is None:
+            while self._post is not None:
+                arrived = self._post.receive(timeout_s)
+                if arrived is None:
                     break
-                self._take(data)
+                self._take(arrived)
                 timeout_s = 0.0
         except PipeWeaverError as error:
             self._fail(f"ended ({error})")
@@ -365,9 +379,9 @@ class BackgroundSource:
         if self._child is not None and silent is not None and self._clock() - silent > limit_ns:
             self._fail("hangs")
 
-    def _take(self, data: bytes) -> None:
+    def _take(self, arrived: Arrived) -> None:
         """One message of the planner."""
-        message, rest = unpack(data)
+        message = arrived.message
         answered = False
         if isinstance(message, Learnt):
             self._errors_permille.append(message.error_permille)
@@ -377,7 +391,7 @@ class BackgroundSource:
             answered = message.number == self._number
             for one in self._open.values():
                 if one.number == message.number and isinstance(message, Answer):
-                    one.parts = split_parts(message.sizes, rest)
+                    one.answer = arrived.answer
                 elif one.number == message.number and isinstance(message, Failure):
                     one.failure = message.reason
         if self._silent_since_ns is not None:
@@ -387,11 +401,8 @@ class BackgroundSource:
         """Plan, and know plans again, by these corrections and in this share of the memory."""
         corrections = self._corrections = Corrections(rows)
         self._usable_permille = usable_permille
-        self._static = self._settings.make(self._costs, usable_permille, corrections)
         self._settings_digest = digest(
-            settings_to_json(self._settings)
-            + to_bytes(corrections.coarse())
-            + to_bytes(list(usable_permille))
+            self._settings_bytes + to_bytes(corrections.coarse()) + to_bytes(list(usable_permille))
         )
 
     # --- life ------------------------------------------------------------------------------------
@@ -415,15 +426,17 @@ class BackgroundSource:
         except OSError as error:
             self._fail(f"cannot be started ({error})")
             return
+        self._post = Post(self._child.channel)
         self._send(pack(launch))
 
     def _fail(self, what: str) -> None:
         """The process is of no use any more: end it, and start another one later, if at all."""
         code = None
-        if self._child is not None:
+        if self._child is not None and self._post is not None:
             code = self._child.process.poll()
+            self._post.close()
             self._child.end()
-        self._child = None
+        self._child = self._post = None
         self._silent_since_ns = None
         self._open = RecentCache(_OPEN_REQUESTS)
         self._failures += 1
@@ -439,31 +452,3 @@ class BackgroundSource:
 
     def _count(self, **more: int) -> None:
         self._counters = self._counters.plus(**more)
-
-
-def _read_answer(parts: tuple[bytes, ...]) -> PlanAnswer:
-    """What the planner sent as it goes on from here.
-
-    Raises:
-        ConfigError: the bytes are damaged.
-        PlanInvalidError: the plan breaks a rule.
-    """
-    if not parts:
-        raise ConfigError("planner message: an answer without a plan")
-    received = decode(parts[0], "plan from the planner's process")
-    return PlanAnswer(
-        data=parts[0], received=received, planned=lambda: _read_details(received, parts[1:])
-    )
-
-
-def _read_details(received: ReceivedPlan, parts: tuple[bytes, ...]) -> PlannedIteration | None:
-    if len(parts) != 2:
-        return None
-    return PlannedIteration(
-        plan=received.plan,
-        problem=problem_from_json(parts[0]),
-        schedule=schedule_from_json(parts[1]),
-        baselines=received.baselines,
-        search_ns=received.search_ns,
-        origin=received.origin,
-    )

@@ -6,6 +6,7 @@ planner does not read waits here.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import select
 import socket
@@ -64,9 +65,24 @@ class Channel:
                 return None
         return message
 
+    def twin(self) -> Channel:
+        """Another channel over the same connection, for a thread that goes the other way."""
+        return Channel(self._socket.dup())
+
+    def shut_down(self) -> None:
+        """End the connection: both ends, and threads that wait here, read its end."""
+        with contextlib.suppress(OSError):  # it has ended already
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Close the socket; the other end reads its end."""
         self._socket.close()
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _wait(self, events: int, timeout_s: float | None) -> int:
         """Those of `events` that happened, or that the other end is gone; 0 for none in time.

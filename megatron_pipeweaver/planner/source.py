@@ -75,6 +75,10 @@ class PlanAnswer:
     planned: Callable[[], PlannedIteration | None]
 
 
+Heard = Callable[[PlanAnswer], None]
+"""Is told of a plan as soon as it is there."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RanPlan:
     """An iteration that has run: by `answer`, of which this replica ran its `own` part.
@@ -110,8 +114,18 @@ class PlanSource(Protocol):
         """
         ...
 
-    def request(self, batch: BatchMetadata, *, forward_only: bool) -> None:
-        """Say that a plan for `batch` will be collected; returns at once and raises nothing."""
+    @property
+    def plans_ahead(self) -> bool:
+        """Whether plans may be there before they are collected; the same on all ranks."""
+        ...
+
+    def request(
+        self, batch: BatchMetadata, *, forward_only: bool, heard: Heard | None = None
+    ) -> None:
+        """Say that a plan for `batch` will be collected; returns at once and raises nothing.
+
+        `heard` is called, in whatever thread, once there is one.
+        """
         ...
 
     def collect(self, batch: BatchMetadata, *, forward_only: bool) -> PlanAnswer:
@@ -156,7 +170,14 @@ class InProcessSource:
         """What the replica with `batch` runs of a plan for several."""
         return own_part(shared, batch, self.planner.model, self.planner.parallel)
 
-    def request(self, batch: BatchMetadata, *, forward_only: bool) -> None:
+    @property
+    def plans_ahead(self) -> bool:
+        """Never."""
+        return False
+
+    def request(
+        self, batch: BatchMetadata, *, forward_only: bool, heard: Heard | None = None
+    ) -> None:
         """Does nothing: there is nobody to plan meanwhile."""
 
     def collect(self, batch: BatchMetadata, *, forward_only: bool) -> PlanAnswer:

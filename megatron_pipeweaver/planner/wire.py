@@ -17,6 +17,8 @@ from megatron_pipeweaver.ir.plan_codec import plan_to_json
 from megatron_pipeweaver.planner.planner import PlannedIteration, PlanOrigin
 
 WIRE_FORMAT = "pipeweaver.planned/1"
+SENT_AHEAD = to_bytes({"format": WIRE_FORMAT, "ahead": True})
+"""In place of a plan: it is the one that went to all ranks while they trained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

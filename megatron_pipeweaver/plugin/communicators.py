@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_pipeweaver.errors import ConfigError
+from megatron_pipeweaver.runtime.courier import ROUND_TIMEOUT
 from megatron_pipeweaver.runtime.transfer import ProcessGroupTransport
 from megatron_pipeweaver.runtime.watchdog import StoreBoard, WatchConfig, Watchdog
 
@@ -23,12 +24,14 @@ class Communicators:
 
     `control` is a CPU group of all ranks that run one plan: pipeline, tensor and context ranks of
     one replica, or of all that exchange tokens for experts; `planning_rank` is the global rank in
-    it that plans. `replicas` are the global ranks of each replica among them. `pipeline` is a CPU
-    group of this rank's pipeline, in pipeline order; `transport` moves activations along it, and
-    `watchdog` tells where its ranks stand.
+    it that plans, `ahead` a second group of the same ranks for plans on their way beside training
+    (`runtime.courier`). `replicas` are the global ranks of each replica among them. `pipeline` is a
+    CPU group of this rank's pipeline, in pipeline order; `transport` moves activations along it,
+    and `watchdog` tells where its ranks stand.
     """
 
     control: dist.ProcessGroup
+    ahead: dist.ProcessGroup
     planning_rank: int
     replicas: tuple[tuple[int, ...], ...]
     pipeline: dist.ProcessGroup
@@ -147,6 +150,7 @@ def connect(
     board = StoreBoard(_get_default_store(), "-".join(map(str, ranks.pipeline_of(rank))))
     return Communicators(
         control=_own_group(ranks.plans, timeout),
+        ahead=_own_group(ranks.plans, ROUND_TIMEOUT),
         planning_rank=ranks.planning_rank(rank),
         replicas=ranks.replicas_of(rank),
         pipeline=_own_group(ranks.pipelines, timeout),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -21,7 +21,7 @@ from megatron_pipeweaver.ir.trace import ActionTimes, Trace
 from megatron_pipeweaver.planner.headroom import MemoryPeak
 from megatron_pipeweaver.planner.planner import PlannedIteration, Planner, batch_digest
 from megatron_pipeweaver.planner.source import InProcessSource, PlanAnswer, PlanSource, RanPlan
-from megatron_pipeweaver.planner.wire import ReceivedPlan, decode, encode_failure
+from megatron_pipeweaver.planner.wire import SENT_AHEAD, ReceivedPlan, decode, encode_failure
 from megatron_pipeweaver.plugin import compat
 from megatron_pipeweaver.plugin.communicators import Communicators, connect
 from megatron_pipeweaver.plugin.data import (
@@ -37,7 +37,8 @@ from megatron_pipeweaver.plugin.stages import MegatronStages, StepContext
 from megatron_pipeweaver.runtime.activations import AllocatorGauge, MemoryGauge, TensorGauge
 from megatron_pipeweaver.runtime.agreement import agree, broadcast_bytes
 from megatron_pipeweaver.runtime.clock import DeviceClock, HostClock
-from megatron_pipeweaver.runtime.executor import Executor
+from megatron_pipeweaver.runtime.courier import Round
+from megatron_pipeweaver.runtime.executor import Executor, look_at
 from megatron_pipeweaver.runtime.offload import copy_stream
 from megatron_pipeweaver.runtime.recorder import Recorder
 from megatron_pipeweaver.runtime.watchdog import WatchConfig
@@ -141,6 +142,7 @@ class PipeWeaverSchedule:
         self._communicators: Communicators | None = None
         self._copies: Any = None
         self._made: tuple[PlanAnswer | None, bytes] | None = None
+        self._early: Round[ReceivedPlan] | None = None
         self._iteration = 0
 
     @property
@@ -193,22 +195,23 @@ class PipeWeaverSchedule:
             batch = share_batch(load.batch, load.failure, self._communicators)
             agreed = self._plan_for(batch, forward_only, self._communicators, again)
             plan = agreed.received.plan
-            self._request_next(data_iterator, num_microbatches, forward_only, again)
-            context = StepContext(
-                forward_step_func=forward_step_func,
-                model=chunks,
-                microbatches=load.microbatches,
-                config=config,
-                forward_only=forward_only,
-                collect_non_loss_data=collect_non_loss_data,
-                first_val_step=first_val_step,
-            )
-            gauge = self._gauge(chunks)
-            stages = self._stages(context, plan.plan, gauge)
-            start_ns = time.perf_counter_ns()
-            with gathered_parameters(chunks), _no_gradient_sync(config):
-                recorder = self._execute(plan, stages, self._communicators)
-            measured_ns = time.perf_counter_ns() - start_ns
+            with self._round(self._communicators) as ahead:
+                self._request_next(data_iterator, num_microbatches, forward_only, again, ahead)
+                context = StepContext(
+                    forward_step_func=forward_step_func,
+                    model=chunks,
+                    microbatches=load.microbatches,
+                    config=config,
+                    forward_only=forward_only,
+                    collect_non_loss_data=collect_non_loss_data,
+                    first_val_step=first_val_step,
+                )
+                gauge = self._gauge(chunks)
+                stages = self._stages(context, plan.plan, gauge)
+                start_ns = time.perf_counter_ns()
+                with gathered_parameters(chunks), _no_gradient_sync(config):
+                    recorder = self._execute(plan, stages, self._communicators)
+                measured_ns = time.perf_counter_ns() - start_ns
             # Here, since gradients are finalised in memory that plans do not speak of.
             peak_bytes = None if gauge is None else gauge.peak_bytes
             if not forward_only:
@@ -260,15 +263,20 @@ class PipeWeaverSchedule:
         """
         answer = None
         message = None
+        early = self._early
         if self._plans():
             if self._made is None or not again:
                 self._made = self._make_plan(batch, forward_only)
             answer, message = self._made
+            if answer is not None and early is not None and early.brought(answer.data):
+                message = SENT_AHEAD
         data = broadcast_bytes(message, ranks.control, ranks.planning_rank)
         agreed, failure = None, batch.failure
         held = {"plan": "", "batch": "" if batch.planned is None else batch_digest(batch.planned)}
         try:
             known = None if answer is None else answer.received
+            if known is None and data == SENT_AHEAD and early is not None:
+                known = early.result(self._wait_timeout)
             received = decode(data) if known is None else known
             held["plan"] = received.plan.fingerprint
             held["batch"] = held["batch"] or received.batch_digest
@@ -301,13 +309,40 @@ class PipeWeaverSchedule:
             _log.debug("planning failed", exc_info=True)
             return None, encode_failure(f"{type(error).__name__}: {error}")
 
+    @contextlib.contextmanager
+    def _round(self, ranks: Communicators) -> Iterator[Round[ReceivedPlan] | None]:
+        """While the iteration runs, its plan's successor goes to all ranks as soon as it is there.
+
+        Every rank begins a round in every iteration; one in which nothing was planned in time
+        brings nothing.
+        """
+        if not self._source.plans_ahead:
+            yield None
+            return
+
+        def read(data: bytes) -> ReceivedPlan:
+            received = decode(data)
+            look_at(received.plan.plan, ranks.pipeline_rank)
+            return received
+
+        self._early = made = Round(ranks.ahead, ranks.planning_rank, read, self._early)
+        try:
+            yield made
+        finally:
+            made.close()
+
     def _plans(self) -> bool:
         """Whether this is the rank that plans."""
         ranks = self._communicators
         return ranks is not None and torch.distributed.get_rank() == ranks.planning_rank
 
     def _request_next(
-        self, data_iterator: DataIterator, count: int, forward_only: bool, again: bool
+        self,
+        data_iterator: DataIterator,
+        count: int,
+        forward_only: bool,
+        again: bool,
+        ahead: Round[ReceivedPlan] | None,
     ) -> None:
         """Have the next iteration planned while this one runs, as far as its batch is known."""
         ranks = self._communicators
@@ -317,10 +352,17 @@ class PipeWeaverSchedule:
         if alone and (again or not self._plans()):
             return
         first = any(torch.distributed.get_rank() == one[0] for one in ranks.replicas)
-        ahead = self._look_at_next(data_iterator, count) if first else None
-        batch = share_batch(ahead, "", ranks).planned
-        if batch is not None and self._plans() and not again:
-            self._source.request(batch, forward_only=forward_only)
+        following = self._look_at_next(data_iterator, count) if first else None
+        batch = share_batch(following, "", ranks).planned
+        if batch is None or not self._plans() or again:
+            return
+
+        def heard(answer: PlanAnswer) -> None:
+            if ahead is not None and answer.received is not None:
+                ahead.offer(answer.data)
+                look_at(answer.received.plan.plan, ranks.pipeline_rank)
+
+        self._source.request(batch, forward_only=forward_only, heard=heard)
 
     def _look_at_next(self, data_iterator: DataIterator, count: int) -> BatchMetadata | None:
         """What this rank loads next, as far as that is known."""

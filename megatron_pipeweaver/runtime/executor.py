@@ -76,6 +76,17 @@ class Executor:
             raise TransferError(f"rank {self._rank}, behind its last action: {error}") from error
 
 
+def look_at(plan: Plan, rank: int) -> None:
+    """Have everything of `plan` made that `rank` will look at, where that is made at first sight.
+
+    For a thread beside training, before the plan runs.
+    """
+    for action in plan.ranks[rank]:
+        if isinstance(action, TransferAction):
+            for number in action.messages:
+                _ = plan.messages[number]
+
+
 class _Run:
     """One run of one plan on one rank: tensors on their edges, messages under way."""
 
