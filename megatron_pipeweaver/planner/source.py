@@ -35,7 +35,7 @@ class PlanCounters:
     planner was `late`, or had `failed` (died, hung, or answered with what is no plan for the
     batch), or could not be asked at all. `cached` counts those planned iterations whose plan was
     there from an earlier one; `restarted` the planner's new starts. `waits_ns` are how long
-    training stood still for the latest ones, with what it takes to read and verify them here.
+    training stood still for the latest ones.
     """
 
     planned: int = 0

@@ -149,7 +149,12 @@ def test_what_training_waits_for_does_not_queue_behind_what_it_does_not_need_yet
     source = sources(make_settings(time_budget_ns=3_600_000 * MS, max_rounds=None))
     source.request(batch_of(1), forward_only=False)
     sent, send = [], source._send
-    source._send = lambda data: (sent.append(unpack(data)[0]), send(data))
+
+    def watched(letter):
+        sent.append(unpack(letter if isinstance(letter, bytes) else letter())[0])
+        send(letter)
+
+    source._send = watched
     source._config = replace(PATIENT, wait_ns=0)
     with pytest.raises(_NoPlanError, match="no plan within"):
         source._searched(batch_of(2), forward_only=False)
