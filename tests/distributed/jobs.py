@@ -77,7 +77,9 @@ RESUMED: Mapping[str, Run] = {
         flags=[*SHARING, *EXPERTS_LOADED, "--pipeweaver-segments", "vision=1,language=1"]
     ),
     "resumed, text": Run(flags=[*TWO, *TEXT_LOADED], images=0),
-    "resumed, PP 4": Run(flags=pipeline(4, "--use-distributed-optimizer", *LOADED)),
+    "resumed, PP 4": Run(
+        flags=pipeline(4, "--use-distributed-optimizer", "--pipeweaver-balance", *LOADED)
+    ),
     "resumed, plain": Run(
         flags=[
             *("--use-distributed-optimizer", *LOADED),
@@ -86,7 +88,7 @@ RESUMED: Mapping[str, Run] = {
     ),
     "resumed, and back": Run(
         flags=[
-            *pipeline(2, *OVERLAP, "--pipeweaver-segments", "vision=1,language=1"),
+            *pipeline(2, *OVERLAP, "--pipeweaver-layers", "vision=2:0,language=3:1"),
             *(*STORED, "--load", "{directory}/plain", "--ckpt-step", "15"),
         ]
     ),
