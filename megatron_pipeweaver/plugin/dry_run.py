@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_pipeweaver.ir.batch import BatchMetadata
+from megatron_pipeweaver.ir.layout import layers_text
 from megatron_pipeweaver.planner.planner import PlannedIteration
 from megatron_pipeweaver.planner.settings import PlannerSettings
 from megatron_pipeweaver.plugin.data import DescribeMicrobatch, describe_batch, pull_microbatches
@@ -80,6 +81,7 @@ def plan_batches(
             f"{one.module}: {one.segments} segment(s), layers per stage {one.layers}"
             for one in settings.layout.modules
         ),
+        f"the same cut: --pipeweaver-layers {layers_text(settings.layout)}",
         f"sub-microbatch: {dict(settings.sub_microbatch)}",
         f"room for activations, by pipeline rank: {capacity}",
         "",

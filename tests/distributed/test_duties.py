@@ -137,6 +137,7 @@ def test_a_dry_run_plans_on_one_process_and_ends() -> None:
     ]
     [printed] = run_on_ranks(plan_alone, 1, flags, environment=ENVIRONMENT, initialise=False)
     assert "language: 1 segment(s), layers per stage (1, 1, 1, 1)" in printed
+    assert "--pipeweaver-layers " in printed
     table = printed[printed.index("best static") :].splitlines()
     assert [row.split()[0] for row in table if row[:1].isdigit()] == ["1", "2", "3"]
     assert "lm loss" not in printed  # nothing was trained
