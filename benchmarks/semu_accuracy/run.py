@@ -42,6 +42,7 @@ from megatron_pipeweaver.semu.options import RunOptions
 from megatron_pipeweaver.semu.probes import ProbeRounds
 from megatron_pipeweaver.semu.stage_costs import StageCosts, StagePart
 from megatron_pipeweaver.semu.strategies import checkpoints
+from megatron_pipeweaver.semu.work import Phase, Subgraph
 
 KEEP_FREED_MEMORY = {
     # glibc would hand freed activations back to the system, and fault them in again.
@@ -142,11 +143,19 @@ def timed_rounds(rounds: int, probes: ProbeRounds, chunks: Sequence[Timed]) -> N
                 one.times.append(times)
 
 
+def graph_of(timed: Timed, options: RunOptions) -> Subgraph:
+    """One layer of a chunk of layers, as SEMU counts it."""
+    chunk = timed.chunk
+    return transformer_layer(layer_spec(chunk.module), chunk.load(timed.size), options)
+
+
 def layer_samples(costs: AnalyticCostModel, seen: Sequence[Timed]) -> list[LayerSample]:
     """What calibration of layers is given: kept chunks at the sizes that it may see."""
     return [
         LayerSample(
-            layers=LAYERS,
+            forward_kernels=LAYERS * graph.kernels(Phase.FORWARD),
+            backward_kernels=LAYERS
+            * (graph.kernels(Phase.INPUT_GRAD) + graph.kernels(Phase.WEIGHT_GRAD)),
             emulated_forward_ns=forward,
             emulated_backward_ns=backward,
             forward_ns=one.forward_ns(),
@@ -154,6 +163,7 @@ def layer_samples(costs: AnalyticCostModel, seen: Sequence[Timed]) -> list[Layer
         )
         for one in seen
         for forward, backward in [one.predicted_ns(costs)]
+        for graph in [graph_of(one, costs.options)]
     ]
 
 
@@ -165,12 +175,10 @@ def checkpoint_samples(costs: AnalyticCostModel, seen: Sequence[Timed]) -> list[
     """What calibration of checkpoints is given."""
     found = []
     for one in seen:
-        chunk = one.chunk
         forward, backward = one.predicted_ns(costs)
-        graph = transformer_layer(layer_spec(chunk.module), chunk.load(one.size), costs.options)
         found.append(
             CheckpointSample(
-                checkpoints=LAYERS * checkpoints(one.strategy, graph),
+                checkpoints=LAYERS * checkpoints(one.strategy, graph_of(one, costs.options)),
                 emulated_forward_ns=forward,
                 emulated_backward_ns=backward,
                 forward_ns=one.forward_ns(),
@@ -202,6 +210,8 @@ def report(arguments: argparse.Namespace) -> str:
         layer_backward_ns=0,
         layer_forward_permille=1000,
         layer_backward_permille=1000,
+        kernel_forward_ns=0,
+        kernel_backward_ns=0,
         checkpoint_forward_ns=0,
         checkpoint_backward_ns=0,
     )

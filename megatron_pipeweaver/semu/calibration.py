@@ -65,9 +65,10 @@ def calibrate(samples: Sequence[Sample], profile: DeviceProfile) -> Calibration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSample:
-    """A chunk of `layers` layers: emulated, and measured in the framework that runs it."""
+    """Layers that launch so many kernels: emulated, and measured in the framework."""
 
-    layers: int
+    forward_kernels: int
+    backward_kernels: int
     emulated_forward_ns: int
     emulated_backward_ns: int
     forward_ns: int
@@ -77,9 +78,9 @@ class LayerSample:
 def with_layer_times(profile: DeviceProfile, samples: Sequence[LayerSample]) -> DeviceProfile:
     """`profile` with what real layers take beyond their operators, fitted to `samples`.
 
-    ``measured = permille / 1000 * emulated + layers * ns``, forward and backward apart: operators
-    in a layer find other caches than alone, and the framework works between them. The emulated
-    times must be those of a `profile` that has no such factors yet.
+    ``measured = permille / 1000 * emulated + kernels * ns``, forward and backward apart: operators
+    in a layer find other caches than alone, and the framework works between them, the longer the
+    more of them there are. The emulated times must be those of a `profile` without such factors.
 
     Raises:
         ConfigError: there are fewer than two samples, or `profile` has such factors.
@@ -90,6 +91,8 @@ def with_layer_times(profile: DeviceProfile, samples: Sequence[LayerSample]) -> 
         layer_backward_ns=0,
         layer_forward_permille=_PERMILLE,
         layer_backward_permille=_PERMILLE,
+        kernel_forward_ns=0,
+        kernel_backward_ns=0,
     )
     if len(samples) < 2 or plain != profile:
         raise ConfigError(
@@ -97,19 +100,19 @@ def with_layer_times(profile: DeviceProfile, samples: Sequence[LayerSample]) -> 
             "least 2, emulated with a profile that has no layer factors"
         )
     forward = non_negative_fit(
-        [(one.emulated_forward_ns, one.layers) for one in samples],
+        [(one.emulated_forward_ns, one.forward_kernels) for one in samples],
         [one.forward_ns for one in samples],
     )
     backward = non_negative_fit(
-        [(one.emulated_backward_ns, one.layers) for one in samples],
+        [(one.emulated_backward_ns, one.backward_kernels) for one in samples],
         [one.backward_ns for one in samples],
     )
     return replace(
         profile,
         layer_forward_permille=max(1, round(_PERMILLE * forward[0])),
-        layer_forward_ns=round(forward[1]),
+        kernel_forward_ns=round(forward[1]),
         layer_backward_permille=max(1, round(_PERMILLE * backward[0])),
-        layer_backward_ns=round(backward[1]),
+        kernel_backward_ns=round(backward[1]),
     )
 
 

@@ -40,6 +40,8 @@ _PROFILE_NUMBERS = ("scale_up_ranks", "layer_forward_ns", "layer_backward_ns")
 _PROFILE_OPTIONS = (
     "layer_forward_permille",
     "layer_backward_permille",
+    "kernel_forward_ns",
+    "kernel_backward_ns",
     "checkpoint_forward_ns",
     "checkpoint_backward_ns",
 )
@@ -82,10 +84,10 @@ class DeviceProfile:
     """A device with its factors by operator class; classes that are not named reach all of it.
 
     `scale_up_ranks` is how many ranks share the fast link; `source` says where numbers are from.
-    Each layer takes `layer_forward_permille` thousandths of what its operators take alone, and
-    `layer_forward_ns` on top: what the framework spends between them where the device has to wait
-    for it. Likewise its backward. What runs again costs `checkpoint_forward_ns` and
-    `checkpoint_backward_ns` on top, for keeping inputs and random states.
+    In a model, operators take `layer_forward_permille` thousandths of what they take alone, and on
+    top `kernel_forward_ns` a kernel, and `layer_forward_ns` a layer: what the framework spends
+    between them where the device has to wait for it. Likewise backward. What runs again costs
+    `checkpoint_forward_ns` and `checkpoint_backward_ns` more, for keeping inputs and random states.
     """
 
     spec: DeviceSpec
@@ -95,6 +97,8 @@ class DeviceProfile:
     layer_backward_ns: int = 0
     layer_forward_permille: int = 1000
     layer_backward_permille: int = 1000
+    kernel_forward_ns: int = 0
+    kernel_backward_ns: int = 0
     checkpoint_forward_ns: int = 0
     checkpoint_backward_ns: int = 0
     source: str = ""
@@ -102,10 +106,10 @@ class DeviceProfile:
     def __post_init__(self) -> None:
         if self.scale_up_ranks < 1:
             raise ConfigError(f"device {self.spec.name!r}: scale_up_ranks must be >= 1")
-        times = (self.layer_forward_ns, self.layer_backward_ns)
-        if min(*times, self.checkpoint_forward_ns, self.checkpoint_backward_ns) < 0:
+        if min(self._framework_ns) < 0:
             raise ConfigError(
-                f"device {self.spec.name!r}: layers and checkpoints cannot take less than 0 ns"
+                f"device {self.spec.name!r}: layers, kernels and checkpoints cannot take less than "
+                "0 ns"
             )
         if min(self.layer_forward_permille, self.layer_backward_permille) < 1:
             raise ConfigError(f"device {self.spec.name!r}: layer permille must be >= 1")
@@ -118,18 +122,33 @@ class DeviceProfile:
     def has_layer_factors(self) -> bool:
         """Whether layers take other times than their operators."""
         stretches = (self.layer_forward_permille, self.layer_backward_permille)
-        times = (self.layer_forward_ns, self.layer_backward_ns)
-        checkpoints = (self.checkpoint_forward_ns, self.checkpoint_backward_ns)
-        return stretches != (1000, 1000) or max(*times, *checkpoints) > 0
+        return stretches != (1000, 1000) or max(self._framework_ns) > 0
 
-    def layer_forward(self, operators_ns: int, *, layers: int) -> int:
+    @property
+    def _framework_ns(self) -> tuple[int, ...]:
+        return (
+            self.layer_forward_ns,
+            self.layer_backward_ns,
+            self.kernel_forward_ns,
+            self.kernel_backward_ns,
+            self.checkpoint_forward_ns,
+            self.checkpoint_backward_ns,
+        )
+
+    def layer_forward(self, operators_ns: int, *, layers: int, kernels: int = 0) -> int:
         """Nanoseconds of the forward of `layers` layers whose operators take `operators_ns`."""
-        return operators_ns * self.layer_forward_permille // 1000 + layers * self.layer_forward_ns
+        return (
+            operators_ns * self.layer_forward_permille // 1000
+            + layers * self.layer_forward_ns
+            + kernels * self.kernel_forward_ns
+        )
 
-    def layer_backward(self, operators_ns: int, *, layers: int) -> int:
+    def layer_backward(self, operators_ns: int, *, layers: int, kernels: int = 0) -> int:
         """The same of a backward."""
-        return operators_ns * self.layer_backward_permille // 1000 + (
-            layers * self.layer_backward_ns
+        return (
+            operators_ns * self.layer_backward_permille // 1000
+            + layers * self.layer_backward_ns
+            + kernels * self.kernel_backward_ns
         )
 
 

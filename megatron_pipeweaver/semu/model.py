@@ -21,6 +21,7 @@ from megatron_pipeweaver.semu.stages import Part, canonical_stage, stage_parts
 from megatron_pipeweaver.semu.strategies import (
     checkpoints,
     held_tensors,
+    kernels_again,
     recomputed,
     weight_grads_apart,
 )
@@ -267,14 +268,14 @@ class AnalyticCostModel:
         return StagePart(
             copies=part.copies,
             is_layer=part.is_layer,
-            costs={one: self._layer_cost(part, one) for one in strategies},
+            costs={one: self._framed_cost(part, one) for one in strategies},
         )
 
-    def _layer_cost(self, part: Part, strategy: LayerStrategy) -> GraphCost:
-        """The cost of a part; a layer's also holds what the framework makes of its operators."""
+    def _framed_cost(self, part: Part, strategy: LayerStrategy) -> GraphCost:
+        """The cost of a part, with what the framework makes of its operators."""
         cost = self.part_cost(part, strategy)
         profile = self.profile
-        if not part.is_layer or not profile.has_layer_factors:
+        if not profile.has_layer_factors:
             return cost
         # What runs again is a forward within the backward; the rest are gradients, be they of
         # weights that cannot run apart.
@@ -282,15 +283,22 @@ class AnalyticCostModel:
         again_ns = (cost.backward_ns + cost.weight_grad_ns) - (
             keep.backward_ns + keep.weight_grad_ns
         )
+        graph, layers = self._graph(part), int(part.is_layer)
         whole = strategy is LayerStrategy.RECOMPUTE
-        count = checkpoints(strategy, self._graph(part))
-        backward_ns = cost.backward_ns - again_ns
+        count = checkpoints(strategy, graph)
+        gradients = graph.kernels(Phase.INPUT_GRAD) + graph.kernels(Phase.WEIGHT_GRAD)
         return replace(
             cost,
-            forward_ns=profile.layer_forward(cost.forward_ns, layers=1)
+            forward_ns=profile.layer_forward(
+                cost.forward_ns, layers=layers, kernels=graph.kernels(Phase.FORWARD)
+            )
             + count * profile.checkpoint_forward_ns,
-            backward_ns=profile.layer_backward(backward_ns, layers=1)
-            + profile.layer_forward(again_ns, layers=int(whole))
+            backward_ns=profile.layer_backward(
+                cost.backward_ns - again_ns, layers=layers, kernels=gradients
+            )
+            + profile.layer_forward(
+                again_ns, layers=int(whole), kernels=kernels_again(strategy, graph)
+            )
             + count * profile.checkpoint_backward_ns,
             weight_grad_ns=profile.layer_backward(cost.weight_grad_ns, layers=0),
         )

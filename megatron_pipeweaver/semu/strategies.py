@@ -107,6 +107,12 @@ def checkpoints(strategy: LayerStrategy, graph: Subgraph) -> int:
     return len(again.blocks) or len(copied_back(graph, again))
 
 
+def kernels_again(strategy: LayerStrategy, graph: Subgraph) -> int:
+    """How many kernels of the forward are launched again."""
+    again = recomputed(strategy, graph).operators
+    return sum(one.forward.kernels for one in graph.operators if one.name in again)
+
+
 def weight_grads_apart(strategy: LayerStrategy, graph: Subgraph) -> frozenset[str]:
     """The operators of `graph` whose weight gradients can be left to an op of their own.
 

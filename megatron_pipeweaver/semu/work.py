@@ -162,6 +162,10 @@ class Subgraph:
                     f"subgraph {self.name!r}, operator {one.name!r}: no tensors {sorted(missing)}"
                 )
 
+    def kernels(self, phase: Phase) -> int:
+        """Kernels that are launched in one phase."""
+        return sum(one.work(phase).kernels for one in self.operators)
+
     @property
     def output_bytes(self) -> int:
         """Bytes of what the last operator hands on."""

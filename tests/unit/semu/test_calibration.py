@@ -164,13 +164,14 @@ def test_weights_are_never_negative() -> None:
     assert non_negative_fit(rows, [5.0, 7.0, 9.0]) == pytest.approx((3.0, 2.0), rel=0.01)
 
 
-def _chunk(layers: int, emulated: int) -> LayerSample:
-    """Layers take 1.2 times what their operators do, and 50 us; backward 1.1 times and nothing."""
+def _chunk(kernels: int, emulated: int) -> LayerSample:
+    """Layers take 1.2 times what operators do, and 50 us a kernel; backward 1.1 times alone."""
     return LayerSample(
-        layers=layers,
+        forward_kernels=kernels,
+        backward_kernels=2 * kernels,
         emulated_forward_ns=emulated,
         emulated_backward_ns=2 * emulated,
-        forward_ns=emulated * 12 // 10 + layers * 50_000,
+        forward_ns=emulated * 12 // 10 + kernels * 50_000,
         backward_ns=2 * emulated * 11 // 10,
     )
 
@@ -180,9 +181,9 @@ def test_layers_take_what_the_framework_adds() -> None:
     samples = [_chunk(2, size) for size in (100_000, 400_000, 2_000_000)]
     fitted = with_layer_times(plain, samples)
     assert fitted.layer_forward_permille == pytest.approx(1200, rel=0.01)
-    assert fitted.layer_forward_ns == pytest.approx(50_000, rel=0.01)
+    assert fitted.kernel_forward_ns == pytest.approx(50_000, rel=0.01)
     assert fitted.layer_backward_permille == pytest.approx(1100, rel=0.01)
-    assert fitted.layer_backward_ns < 1000
+    assert fitted.kernel_backward_ns < 1000
 
 
 def test_layer_factors_are_never_fitted_upon_others() -> None:

@@ -11,6 +11,7 @@ from megatron_pipeweaver.semu.interface import Load, StageShape
 from megatron_pipeweaver.semu.layers import transformer_layer
 from megatron_pipeweaver.semu.model import AnalyticCostModel
 from megatron_pipeweaver.semu.options import Attention, RunOptions
+from megatron_pipeweaver.semu.stages import stage_parts
 from megatron_pipeweaver.semu.strategies import recomputed
 from megatron_pipeweaver.semu.work import OperatorClass, Phase, Queue, Work
 
@@ -191,3 +192,30 @@ def test_rules_hold_for_messages_and_the_optimizer_as_well() -> None:
     costs = AnalyticCostModel(load_device("H100"), RunOptions(), rules=rules)
     assert costs.p2p_latency_ns(1 << 20) == 77
     assert costs.work_ns(Work(memory_bytes=1 << 20), OperatorClass.OPTIMIZER) > 77
+
+
+def test_the_framework_works_between_the_kernels_of_heads_as_of_layers() -> None:
+    plain = load_device("H100")
+    slow = replace(plain, kernel_forward_ns=1000, kernel_backward_ns=3000, checkpoint_backward_ns=7)
+    strategies = (LayerStrategy.KEEP, LayerStrategy.NORM)
+    before, after = (
+        AnalyticCostModel(device, RunOptions(), strategies=strategies) for device in (plain, slow)
+    )
+    stage = StageShape(layers=2, is_first=True, is_last=True)
+    module = _module(layers=2, patch_size=14, output_size=64)
+    graphs = [part.build(RunOptions()) for part in stage_parts(module, stage, LOAD)]
+    copies = [part.copies for part in stage_parts(module, stage, LOAD)]
+    kernels = {
+        phase: sum(count * one.kernels(phase) for count, one in zip(copies, graphs, strict=True))
+        for phase in Phase
+    }
+    for strategy in strategies:
+        one, other = (
+            costs.layer_strategies(module, stage, LOAD).uniform(strategy)
+            for costs in (before, after)
+        )
+        assert other.forward_ns - one.forward_ns == 1000 * kernels[Phase.FORWARD]
+        again = 0 if strategy is LayerStrategy.KEEP else 2 * 2 * (1000 + 7)  # two norms a layer
+        assert (other.backward_ns + other.weight_grad_ns) - (
+            one.backward_ns + one.weight_grad_ns
+        ) == 3000 * (kernels[Phase.INPUT_GRAD] + kernels[Phase.WEIGHT_GRAD]) + again
