@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Predicted against measured chunks on this machine's GPU: ViT, language and diffusion layers, forward
-# and backward, peak memory, each strategy, at sizes that calibration never saw. The raw table goes
-# to benchmarks/semu_accuracy/results, or where -o says.
+# Predicted against measured chunks on this machine's GPU: ViT, language and diffusion layers, and
+# whole modules with their embeddings, projector, heads and losses; forward and backward, peak
+# memory, each strategy, at sizes that calibration never saw. The raw table goes to
+# benchmarks/semu_accuracy/results, or where -o says.
 #
 #   bash scripts/gpu_accuracy.sh H100            the profile with the GPU's data-sheet rates
 #   bash scripts/gpu_accuracy.sh cpu --small     the same code on a CPU, in about a minute
 #   PYTHON=python3 bash scripts/gpu_accuracy.sh H200 -o FILE
 #
 # PYTHON is any Python with torch and megatron-core, PYTHONPATH included; the environment of
-# scripts/test.sh by default. Nothing is fetched, and the native core is not needed. It takes a few
-# minutes and up to 40 GiB of the GPU. Without a GPU it ends with one line and exit code 2.
+# scripts/test.sh by default. Nothing is fetched, and the native core is not needed. It takes
+# several minutes and up to 60 GiB of the GPU. Without a GPU it ends with one line and exit code 2.
 set -euo pipefail
 python=${PYTHON:-} path=${PYTHONPATH:-}
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
