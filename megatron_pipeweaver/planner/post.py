@@ -46,7 +46,8 @@ class Post:
         self._channel = channel
         self._outgoing: queue.SimpleQueue[Letter | None] = queue.SimpleQueue()
         self._incoming: queue.SimpleQueue[Arrived | PipeWeaverError] = queue.SimpleQueue()
-        self._heard: dict[int, Heard] = {}
+        # One alone, since a planner drops requests that a later one stands behind.
+        self._heard: tuple[int, Heard] | None = None
         self._threads = [
             threading.Thread(target=work, daemon=True, name="planner post")
             for work in (self._write, self._read)
@@ -59,8 +60,11 @@ class Post:
         self._outgoing.put(letter)
 
     def tell(self, number: int, heard: Heard) -> None:
-        """Call `heard` with the plan that answers request `number`, in another thread, if any."""
-        self._heard[number] = heard
+        """Call `heard` with the plan that answers request `number`, in another thread, if any.
+
+        Who was to be told of an earlier request no longer is.
+        """
+        self._heard = number, heard
 
     def receive(self, timeout_s: float) -> Arrived | None:
         """The next message; `None` when `timeout_s` passed without one.
@@ -106,9 +110,9 @@ class Post:
             answer = _read_answer(split_parts(message.sizes, rest))
         except PipeWeaverError as error:
             return Arrived(message=message, answer=error)
-        heard = self._heard.pop(message.number, None)
-        if heard is not None:
-            heard(answer)
+        asked = self._heard
+        if asked is not None and asked[0] == message.number:
+            asked[1](answer)
         return Arrived(message=message, answer=answer)
 
 

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import weakref
 
 import pytest
 
@@ -61,6 +62,23 @@ def test_a_plan_arrives_verified_and_is_told_of(post):
     assert (first.message.number, second.message.number) == (1, 2)
     assert second.answer.received.plan.fingerprint == planned.plan.fingerprint
     assert heard == [second.answer]
+
+
+def test_requests_that_are_never_answered_leave_nothing_behind(post):
+    made, _ = post
+
+    class Round:
+        """What whoever hears of a plan holds."""
+
+        def hear(self, answer):
+            del answer
+
+    rounds = [Round() for _ in range(3)]
+    held = [weakref.ref(one) for one in rounds]
+    for number, one in enumerate(rounds):
+        made.tell(number, one.hear)
+    del one, rounds
+    assert [one() is None for one in held] == [True, True, False]
 
 
 def test_a_plan_that_is_none_is_told_where_it_is_looked_for(post):
