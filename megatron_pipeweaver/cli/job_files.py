@@ -15,6 +15,7 @@ from megatron_pipeweaver.ir.cluster import ParallelSizes
 from megatron_pipeweaver.ir.json_reader import JsonNode, parse_json, read_bytes
 from megatron_pipeweaver.ir.lmm import (
     ExpertOptions,
+    LatentOptions,
     LayerOptions,
     ModelSpec,
     Modulation,
@@ -314,6 +315,13 @@ _EXPERT_READERS: Mapping[str, Reader] = {
     "shared_ffn_hidden_size": _positive,
     "dense_layers": JsonNode.integer,
 }
+_LATENT_READERS: Mapping[str, Reader] = {
+    "kv_rank": _positive,
+    "query_rank": _positive,
+    "head_size": _positive,
+    "rotary_size": _positive,
+    "value_size": _positive,
+}
 _LAYER_READERS: Mapping[str, Reader] = {
     "head_size": _positive,
     "rms_norm": JsonNode.boolean,
@@ -323,6 +331,9 @@ _LAYER_READERS: Mapping[str, Reader] = {
     "qk_norm": JsonNode.boolean,
     "window": _positive,
     "full_attention_layers": _integers,
+    "latent": _object_of(
+        LatentOptions, _LATENT_READERS, "kv_rank", "head_size", "rotary_size", "value_size"
+    ),
     "experts": _object_of(ExpertOptions, _EXPERT_READERS, "count", "active", "ffn_hidden_size"),
     "context_size": _positive,
     "cross_attention_layers": _integers,

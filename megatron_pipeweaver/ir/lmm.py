@@ -72,12 +72,43 @@ class ExpertOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatentOptions:
+    """Multi-head latent attention (DeepSeek-V2): what it reads is brought down to narrow latents.
+
+    Keys and values of all heads come from one latent of width `kv_rank`, queries from one of width
+    `query_rank`, or from the hidden states where that is `None`. `head_size` channels of a head's
+    query and key know no position, `rotary_size` more are turned; those of the key are the same in
+    every head. A head's value has `value_size`. With `LayerOptions.qk_norm`, latents are normed.
+
+    In Megatron's words: kv_lora_rank, q_lora_rank, qk_head_dim, qk_pos_emb_head_dim, v_head_dim.
+    """
+
+    kv_rank: int
+    query_rank: int | None = None
+    head_size: int
+    rotary_size: int
+    value_size: int
+
+    def __post_init__(self) -> None:
+        for what in ("kv_rank", "query_rank", "head_size", "rotary_size", "value_size"):
+            value = getattr(self, what)
+            if value is not None and value < 1:
+                raise ConfigError(f"latent attention: {what} is {value}; it must be >= 1")
+        if self.rotary_size % 2:
+            raise ConfigError(
+                f"latent attention: rotary_size is {self.rotary_size}; rotary positions turn "
+                "pairs, make it even"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerOptions:
     """What a module's layers have besides width and depth; `None` is its kind's usual choice.
 
-    `window` is the longest stretch, in units, that attention sees, except in
-    `full_attention_layers`. `context_size` is the width that cross-attention reads, in every layer
-    or in `cross_attention_layers` alone, where it takes the place of self-attention if
+    `latent` says that attention is latent, and how wide; `head_size` is then left out. `window` is
+    the longest stretch, in units, that attention sees, except in `full_attention_layers`.
+    `context_size` is the width that cross-attention reads, in every layer or in
+    `cross_attention_layers` alone, where it takes the place of self-attention if
     `cross_attention_alone` (Llama 3.2 Vision). `tap_layers` are those whose output a projector of
     its own also hands on (DeepStack). `positions` are learned position embeddings.
     """
@@ -90,6 +121,7 @@ class LayerOptions:
     qk_norm: bool = False
     window: int | None = None
     full_attention_layers: tuple[int, ...] = ()
+    latent: LatentOptions | None = None
     experts: ExpertOptions | None = None
     context_size: int | None = None
     cross_attention_layers: tuple[int, ...] = ()
@@ -105,6 +137,11 @@ class LayerOptions:
                 raise ConfigError(f"layer options: {what} is {value}; it must be >= 1")
         if self.positions < 0:
             raise ConfigError(f"layer options: positions is {self.positions}; it must be >= 0")
+        if self.latent is not None and self.head_size is not None:
+            raise ConfigError(
+                f"layer options: head_size {self.head_size} with latent attention, which has "
+                "sizes of its own; leave it out"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,10 +198,16 @@ class ModuleSpec:
                 raise ConfigError(
                     f"{where}: {what} names layer {beyond[0]}; there are {self.layers}, from 0 on"
                 )
-        if self.layer.head_size is None and self.hidden_size % self.attention_heads:
+        own_size = self.layer.head_size or self.layer.latent
+        if own_size is None and self.hidden_size % self.attention_heads:
             raise ConfigError(
                 f"{where}: hidden_size {self.hidden_size} is not a multiple of "
                 f"attention_heads {self.attention_heads}"
+            )
+        if self.layer.latent is not None and self.kv_groups != self.attention_heads:
+            raise ConfigError(
+                f"{where}: kv_groups is {self.kv_groups}; latent attention has keys and values for "
+                f"every head, make it attention_heads, {self.attention_heads}"
             )
         if self.attention_heads % self.kv_groups:
             raise ConfigError(

@@ -35,6 +35,8 @@ class LayerStrategy(StrEnum):
     """Of the MLP, or of router and experts, the input alone stays; all of it runs again."""
     SHARED_EXPERTS = "recompute_shared_experts"
     """Of experts that every token runs through the input alone stays; they run again."""
+    UP_PROJECTION = "recompute_up_projection"
+    """Of latent attention the latents stay; queries, keys and values are made of them again."""
     OFFLOAD = "offload"
     """Activations wait in host memory."""
 

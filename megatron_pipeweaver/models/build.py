@@ -141,6 +141,11 @@ def _check(model: ModelSpec, layout: ChunkLayout) -> None:
                 f"{where}: {cut.segments} segments on one pipeline rank; one segment holds "
                 "everything there"
             )
+        if module.layer.latent is not None and module.kind is not ModuleKind.LANGUAGE:
+            raise ConfigError(
+                f"{where}: latent attention in a module of kind {module.kind.value!r}; only "
+                "language models' chunks have it"
+            )
     _check_encoders(model)
 
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
@@ -104,6 +104,8 @@ def _fields(module: ModuleSpec, options: ModelOptions) -> dict[str, Any]:
         fields |= {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
     if module.kind is ModuleKind.DIFFUSION:
         fields["qk_layernorm"] = module.layer.qk_norm
+    if module.kind is ModuleKind.LANGUAGE:
+        fields |= _attention_fields(module, options)
     experts = module.layer.experts
     if experts is not None:
         fields |= {
@@ -116,13 +118,33 @@ def _fields(module: ModuleSpec, options: ModelOptions) -> dict[str, Any]:
     return fields
 
 
+def _attention_fields(module: ModuleSpec, options: ModelOptions) -> dict[str, Any]:
+    """What a language model's attention has besides heads."""
+    fields: dict[str, Any] = {"qk_layernorm": module.layer.qk_norm}
+    latent = module.layer.latent
+    if latent is not None:
+        fields |= {
+            "multi_latent_attention": True,
+            "q_lora_rank": latent.query_rank,
+            "kv_lora_rank": latent.kv_rank,
+            "qk_head_dim": latent.head_size,
+            "qk_pos_emb_head_dim": latent.rotary_size,
+            "v_head_dim": latent.value_size,
+            "rope_type": "rope",
+            "rotary_base": options.rotary_base,
+        }
+    return fields
+
+
 def _make_config(name: str, fields: dict[str, Any], options: ModelOptions) -> Any:
     """A config of one pipeline rank; `overrides` win over `common`, both over PipeWeaver's."""
     overrides = options.overrides.get(name, {})
-    known = TransformerConfig.__dataclass_fields__
+    latent = fields.get("multi_latent_attention", False)
+    kind = MLATransformerConfig if latent else TransformerConfig
+    known = kind.__dataclass_fields__
     unknown = sorted({*options.common, *overrides} - set(known))
     if unknown:
-        raise ConfigError(f"module {name!r}: TransformerConfig has no fields {unknown}")
+        raise ConfigError(f"module {name!r}: {kind.__name__} has no fields {unknown}")
     given = {
         "params_dtype": options.params_dtype,
         "pipeline_dtype": options.params_dtype,
@@ -136,7 +158,7 @@ def _make_config(name: str, fields: dict[str, Any], options: ModelOptions) -> An
         **overrides,
     }
     try:
-        config = TransformerConfig(**given)
+        config = kind(**given)
     except ValueError as error:
         raise ConfigError(f"module {name!r}: {error}") from error
     if config.gradient_accumulation_fusion:

@@ -37,7 +37,8 @@ class DroppedNorm:
 
     Args:
         norm: a norm that hands on one tensor.
-        linear: the only module that reads it, be it experts; returns its output and its bias.
+        linear: the only module that reads it, be it experts or latent attention; returns its output
+            and its bias.
         at_once: inside, a linear's backward computes its weight gradient itself, for what was
             dropped must not be held again until that gradient has an op of its own.
     """

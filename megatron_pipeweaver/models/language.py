@@ -37,6 +37,8 @@ class LanguageChunk(NamedChunk):
                 f"module {module.name!r}: heads are {setting.config.kv_channels} wide, and rotary "
                 "position embeddings turn pairs; choose attention_heads for an even width"
             )
+        if module.layer.latent is not None:
+            _check_latent(setting)
         # Without encoders there is nothing to place, and an image token is a mistake.
         self._token_ids = {
             name: options.encoder(name).token_id for name in module.after or (module.name,)
@@ -154,6 +156,30 @@ class LanguageChunk(NamedChunk):
         if self._sequence_parallel:
             embedded_SBH = tensor_parallel.scatter_to_sequence_parallel_region(embedded_SBH)
         return embedded_SBH
+
+
+def _check_latent(setting: ChunkSetting) -> None:
+    """Refuse what latent attention cannot do in chunks, by name."""
+    module, options, config = setting.module, setting.options, setting.config
+    alone = not uses_transformer_engine(options)
+    refused = {
+        f"position_embedding {options.position_embedding!r}": (
+            options.position_embedding != "rope",
+            "it turns its own channels by their positions; choose 'rope'",
+        ),
+        f"tensor_model_parallel_size {config.tensor_model_parallel_size}": (
+            config.tensor_model_parallel_size > 1 and not config.sequence_parallel,
+            "Megatron would sum up gradients of latents' norms that every rank has in full; set "
+            "sequence_parallel",
+        ),
+        f"context_parallel_size {config.context_parallel_size} and no Transformer Engine": (
+            alone and config.context_parallel_size > 1,
+            "keys that heads share are not gathered; leave one of them out",
+        ),
+    }
+    for what, (wrong, why) in refused.items():
+        if wrong:
+            raise ConfigError(f"module {module.name!r}: latent attention with {what}: {why}")
 
 
 def _share_of(setting: ChunkSetting) -> SequenceShare | None:

@@ -23,6 +23,7 @@ from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.layout import ChunkPlace
 from megatron_pipeweaver.ir.lmm import ModuleSpec
 from megatron_pipeweaver.models.context_parallel import GatheringAttention
+from megatron_pipeweaver.models.latent_attention import own_latent_attention
 from megatron_pipeweaver.models.options import ModelOptions
 from megatron_pipeweaver.models.strategy import StrategyLayer
 
@@ -54,7 +55,7 @@ def language_block_spec(
         config: the chunk's `TransformerConfig`.
         options: how chunks are made.
     """
-    experts = module.layer.experts
+    experts, latent = module.layer.experts, module.layer.latent is not None
     own = range(place.first_layer, place.first_layer + place.layers)
     return TransformerBlockSubmodules(
         layer_specs=[
@@ -63,6 +64,8 @@ def language_block_spec(
                 config.context_parallel_size,
                 experts.count if experts is not None and experts.holds(layer) else None,
                 grouped=config.moe_grouped_gemm,
+                latent=latent,
+                qk_norm=module.layer.qk_norm,
             )
             for layer in own
         ],
@@ -76,6 +79,8 @@ def language_layer_spec(
     experts: int | None = None,
     *,
     grouped: bool = False,
+    latent: bool = False,
+    qk_norm: bool = False,
 ) -> Any:
     """A decoder layer with causal attention, under run-time memory strategies.
 
@@ -84,11 +89,20 @@ def language_layer_spec(
         context_parallel_size: among how many ranks a sequence is divided.
         experts: how many stand in the place of the MLP, if any.
         grouped: whether Transformer Engine runs all experts of a rank as one.
+        latent: whether attention is latent.
+        qk_norm: whether queries and keys, or the latents that they come from, are normed.
     """
-    mlp = {"num_experts": experts, "moe_grouped_gemm": grouped}
+    parts = {
+        "num_experts": experts,
+        "moe_grouped_gemm": grouped,
+        "multi_latent_attention": latent,
+        "qk_layernorm": qk_norm,
+    }
     if uses_transformer_engine(options):
-        return replace(get_gpt_layer_with_transformer_engine_spec(**mlp), module=StrategyLayer)
-    spec = copy.deepcopy(get_gpt_layer_local_spec(**mlp))
+        return replace(get_gpt_layer_with_transformer_engine_spec(**parts), module=StrategyLayer)
+    spec = copy.deepcopy(get_gpt_layer_local_spec(**parts))
+    if latent:
+        spec.submodules.self_attention = own_latent_attention(spec.submodules.self_attention)
     if context_parallel_size > 1:
         spec.submodules.self_attention.submodules.core_attention = GatheringAttention
     return replace(spec, module=StrategyLayer)

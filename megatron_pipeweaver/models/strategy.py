@@ -19,6 +19,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -83,6 +84,8 @@ class StrategyLayer(TransformerLayer):  # type: ignore[misc]
         """Have the layer's parts run under `strategy`."""
         for attention in (self.self_attention, self.cross_attention):
             attention.checkpoint_core_attention = strategy is LayerStrategy.ATTENTION
+        if isinstance(self.self_attention, MLASelfAttention):
+            self.self_attention.recompute_up_proj = strategy is LayerStrategy.UP_PROJECTION
         # Two of them may change one module: what is kept first, then what is dropped.
         for part, on in sorted(self._droppable(strategy), key=lambda each: each[1]):
             part.turn(on)
@@ -91,8 +94,10 @@ class StrategyLayer(TransformerLayer):  # type: ignore[misc]
         """What can be dropped, and whether `strategy` says so."""
         mlp = self.mlp
         has_experts = isinstance(mlp, MoELayer)
+        attention = self.self_attention
+        latent = isinstance(attention, MLASelfAttention)
         norms = [
-            (self.input_layernorm, self.self_attention.linear_qkv),
+            (self.input_layernorm, attention if latent else attention.linear_qkv),
             (self.pre_mlp_layernorm, mlp if has_experts else mlp.linear_fc1),
         ]
         if not isinstance(self.cross_attention, IdentityOp):

@@ -32,6 +32,7 @@ _STEPS = 8
 _ORDER = (
     LayerStrategy.RECOMPUTE,
     LayerStrategy.MLP,
+    LayerStrategy.UP_PROJECTION,
     LayerStrategy.SHARED_EXPERTS,
     LayerStrategy.LIGHT,
     LayerStrategy.ACTIVATION,

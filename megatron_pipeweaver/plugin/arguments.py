@@ -179,6 +179,8 @@ def check_combinations(args: argparse.Namespace, ours: PipeWeaverArguments) -> N
     _check_sequence(args)
     if getattr(args, "num_experts", None):
         _check_experts(args, ours)
+    if getattr(args, "multi_latent_attention", False):
+        _check_latent(args)
     dropout = max(getattr(args, "attention_dropout", 0.0), getattr(args, "hidden_dropout", 0.0))
     if ours.deterministic and dropout:
         raise ConfigError(
@@ -224,6 +226,34 @@ def _check_experts(args: argparse.Namespace, ours: PipeWeaverArguments) -> None:
             "noise depends on the order of execution; leave one of them out",
         ),
     }
+    _refuse(refused)
+
+
+def _check_latent(args: argparse.Namespace) -> None:
+    """Refuse what latent attention cannot do in chunks."""
+    tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
+    kind = args.position_embedding_type
+    _refuse(
+        {
+            f"--position-embedding-type {kind} and --multi-latent-attention": (
+                kind != "rope",
+                "it turns its own channels by their positions; give rope",
+            ),
+            f"--tensor-model-parallel-size {tensor} and --multi-latent-attention": (
+                tensor > 1 and not args.sequence_parallel,
+                "Megatron would sum up gradients that every rank has in full; add "
+                "--sequence-parallel",
+            ),
+            f"--context-parallel-size {context} and --multi-latent-attention": (
+                context > 1 and args.transformer_impl == "local",
+                "needs Transformer Engine; leave one of them out",
+            ),
+        }
+    )
+
+
+def _refuse(refused: Mapping[str, tuple[bool, str]]) -> None:
+    """The first of the flags that is wrong, and what to do."""
     for flag, (wrong, why) in refused.items():
         if wrong:
             raise ConfigError(f"{flag} with --pipeweaver: {why}")
@@ -463,7 +493,8 @@ _REFUSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "moe_latent_size": (_set, "chunks have no latent experts; leave it out"),
     "moe_enable_routing_replay": (_set, _OWN_ORDER),
     "moe_paged_stash": (_set, _OWN_ORDER),
-    "multi_latent_attention": (_set, "chunks have no latent attention; leave it out"),
+    "mla_down_proj_fusion": (_set, "chunks have two down projections; leave it out"),
+    "cache_mla_latents": (_set, "it is for inference; leave it out"),
     "mtp_num_layers": (_set, "chunks have no multi-token prediction; leave it out"),
 }
 """Megatron's arguments that cannot work, by attribute: which values, and what to do instead."""

@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 from megatron_pipeweaver.plugin.patching import Patch
@@ -134,6 +136,8 @@ def cpu_patches() -> list[Patch]:
             getattr(moe_utils, "te_general_gemm", None),
             may_be_absent=True,
         ),
+        # Without it, 0.16.1 takes Transformer Engine's names for the real ones here.
+        Patch(multi_latent_attention, "HAVE_TE", HAVE_TE),
         Patch(token_dispatcher, "maybe_move_tensor_to_cpu", _counts),
     ]
 

@@ -35,7 +35,7 @@ from megatron_pipeweaver.models.parameters import global_name, tied_name
 from megatron_pipeweaver.models.strategy import StrategyLayer
 from megatron_pipeweaver.plugin.data import DescribeMicrobatch
 from megatron_pipeweaver.plugin.patching import Patch, PatchSet
-from megatron_pipeweaver.plugin.providers import ChunkProvider, ChunkSeries, refuse_experts
+from megatron_pipeweaver.plugin.providers import ChunkProvider, ChunkSeries, refuse_language_layers
 from megatron_pipeweaver.plugin.vision_language import LANGUAGE, VISION
 
 Given = Mapping[str, Any]
@@ -58,7 +58,7 @@ class Llava:
                 f"--context-parallel-size {args.context_parallel_size}: chunks of a LLaVAModel run "
                 "whole sequences; give --context-parallel-size 1, or train scripts/pretrain_vlm.py"
             )
-        refuse_experts(args, "chunks of a LLaVAModel")
+        refuse_language_layers(args, "chunks of a LLaVAModel")
         common: dict[str, Any] = {
             "hidden_size": args.hidden_size,
             "ffn_hidden_size": args.ffn_hidden_size,

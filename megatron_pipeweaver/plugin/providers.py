@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer import MegatronModule, MLATransformerConfig, TransformerConfig
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.batch import MicrobatchMetadata
@@ -195,6 +195,8 @@ _OF_ONE_MODULE = frozenset(
         "num_attention_heads",
         "num_query_groups",
         "kv_channels",
+        "multi_latent_attention",
+        "qk_layernorm",
         "gated_linear_unit",
         "hidden_dropout",
         "params_dtype",
@@ -213,6 +215,17 @@ _BY_SPEC = frozenset(
     }
 )
 """Of these, what a module's specification says."""
+_LATENT_BY_SPEC = frozenset(
+    {
+        "multi_latent_attention",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_head_dim",
+        "qk_pos_emb_head_dim",
+        "v_head_dim",
+    }
+)
+"""And of the fields of latent attention."""
 
 
 def config_fields(args: argparse.Namespace) -> dict[str, Any]:
@@ -237,12 +250,34 @@ def expert_fields(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def refuse_experts(args: argparse.Namespace, chunks: str) -> None:
-    """Returns where the arguments ask for no experts; `chunks` are made without.
+def latent_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The further fields of a module with latent attention: how it turns, and other defaults."""
+    if not getattr(args, "multi_latent_attention", False):
+        return {}
+    given, plain = _config(args), TransformerConfig.__dataclass_fields__
+    return {
+        name: getattr(given, name)
+        for name, field in MLATransformerConfig.__dataclass_fields__.items()
+        if name not in _LATENT_BY_SPEC
+        and (name not in plain or plain[name].default != field.default)
+    }
+
+
+def refuse_language_layers(args: argparse.Namespace, chunks: str) -> None:
+    """Returns where the arguments ask for neither experts nor latent attention.
+
+    Args:
+        args: Megatron's.
+        chunks: what is made without these.
 
     Raises:
         ConfigError: they do.
     """
+    if getattr(args, "multi_latent_attention", False):
+        raise ConfigError(
+            f"--multi-latent-attention: {chunks} have none; leave it out, or train "
+            "scripts/pretrain_vlm.py"
+        )
     if getattr(args, "num_experts", None) is not None:
         raise ConfigError(
             f"--num-experts {args.num_experts}: {chunks} have no experts; leave it out, or train "
@@ -281,13 +316,7 @@ def refuse_other_models(args: argparse.Namespace) -> None:
 
 def _given_fields(args: argparse.Namespace) -> dict[str, Any]:
     """What the arguments set that is neither a function nor each module's own."""
-    from megatron.training.arguments import core_transformer_config_from_args
-
-    alone = argparse.Namespace(**vars(args))
-    alone.pipeline_model_parallel_size = 1
-    alone.virtual_pipeline_model_parallel_size = None
-    alone.num_layers = args.decoder_num_layers
-    given = core_transformer_config_from_args(alone)
+    given = _config(args)
     fields = {}
     for name, field in TransformerConfig.__dataclass_fields__.items():
         value = getattr(given, name)
@@ -296,6 +325,17 @@ def _given_fields(args: argparse.Namespace) -> dict[str, Any]:
         if value != field.default:
             fields[name] = value
     return fields
+
+
+def _config(args: argparse.Namespace) -> Any:
+    """Megatron's own config of the language model in one piece."""
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    alone = argparse.Namespace(**vars(args))
+    alone.pipeline_model_parallel_size = 1
+    alone.virtual_pipeline_model_parallel_size = None
+    alone.num_layers = args.decoder_num_layers
+    return core_transformer_config_from_args(alone)
 
 
 class ChunkSeries:

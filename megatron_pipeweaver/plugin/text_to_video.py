@@ -16,7 +16,7 @@ from megatron_pipeweaver.plugin.providers import (
     add_encoder_sizes,
     encoder_sizes,
     model_options,
-    refuse_experts,
+    refuse_language_layers,
     refuse_missing_layers,
     refuse_other_models,
 )
@@ -65,7 +65,6 @@ class TextToVideo(ChunkFamily):
         return model_options(
             args,
             {
-                TEXT: {"qk_layernorm": False},
                 f"{TEXT}_projection": {"num_attention_heads": args.tensor_model_parallel_size},
                 VIDEO: {
                     "kv_channels": args.kv_channels,
@@ -134,7 +133,7 @@ def _check(args: argparse.Namespace) -> None:
             f"--context-parallel-size {args.context_parallel_size}: text-to-video chunks run whole "
             "rows; give --context-parallel-size 1"
         )
-    refuse_experts(args, "text-to-video chunks")
+    refuse_language_layers(args, "text-to-video chunks")
     refuse_other_models(args)
     if getattr(args, "window_size", None):
         raise ConfigError(

@@ -64,6 +64,7 @@ _LOCAL_STRATEGIES = (
     LayerStrategy.LIGHT,
     LayerStrategy.MLP,
     LayerStrategy.SHARED_EXPERTS,
+    LayerStrategy.UP_PROJECTION,
 )
 """What Megatron's own layers are planned with."""
 _ENGINE_STRATEGIES = (
@@ -72,6 +73,7 @@ _ENGINE_STRATEGIES = (
     LayerStrategy.ATTENTION,
     LayerStrategy.MLP,
     LayerStrategy.SHARED_EXPERTS,
+    LayerStrategy.UP_PROJECTION,
 )
 """And Transformer Engine's, whose norms are parts of the linears behind them."""
 _CPU = "cpu"
@@ -330,7 +332,12 @@ def planner_settings(
     costs = CostSettings(
         device=device,
         options=run_options(args),
-        strategies=planned_strategies(ours, device, local=local),
+        strategies=planned_strategies(
+            ours,
+            device,
+            local=local,
+            latent=any(one.layer.latent is not None for one in spec.modules),
+        ),
     )
     # Adam's two moments, and a master weight where the weights themselves are not in fp32.
     optimizer = OptimizerOptions(
@@ -352,7 +359,7 @@ def planner_settings(
 
 
 def planned_strategies(
-    ours: PipeWeaverArguments, device: DeviceProfile, *, local: bool
+    ours: PipeWeaverArguments, device: DeviceProfile, *, local: bool, latent: bool = False
 ) -> tuple[LayerStrategy, ...]:
     """What plans may have layers do with their activations: as asked for, or as the device does it.
 
@@ -363,12 +370,16 @@ def planned_strategies(
         ours: the flags.
         device: what is emulated.
         local: the layers are Megatron's own, not Transformer Engine's.
+        latent: some have latent attention; up projections of others are not worth a thought.
 
     Raises:
         ConfigError: these layers cannot do what is asked for.
     """
     possible = (*(_LOCAL_STRATEGIES if local else _ENGINE_STRATEGIES), LayerStrategy.OFFLOAD)
     if ours.strategies is None:
+        possible = tuple(
+            one for one in possible if latent or one is not LayerStrategy.UP_PROJECTION
+        )
         emulated = ours.dry_run is not None and device.spec.name != _CPU
         return possible if emulated or torch.cuda.is_available() else possible[:-1]
     for one in ours.strategies:
@@ -399,7 +410,7 @@ def run_options(args: argparse.Namespace) -> RunOptions:
         gradient_bytes=4 if reduced_in_fp32 else element_bytes,
         fused_norm=engine,
         fused_activation=engine,
-        fused_rotary=engine,
+        fused_rotary=engine and getattr(args, "apply_rope_fusion", True),
         fused_linear=engine,
         dropout=args.hidden_dropout > 0 or args.attention_dropout > 0,
         mask_bytes=1 if torch.cuda.is_available() else element_bytes,

@@ -15,6 +15,7 @@ from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.batch import Item, MicrobatchMetadata
 from megatron_pipeweaver.ir.lmm import (
     ExpertOptions,
+    LatentOptions,
     LayerOptions,
     ModelSpec,
     ModuleKind,
@@ -28,8 +29,9 @@ from megatron_pipeweaver.plugin.providers import (
     add_encoder_sizes,
     encoder_sizes,
     expert_fields,
+    latent_fields,
     model_options,
-    refuse_experts,
+    refuse_language_layers,
     refuse_missing_layers,
     refuse_other_models,
 )
@@ -103,6 +105,7 @@ class VisionLanguage(ChunkFamily):
             LANGUAGE: {
                 "kv_channels": args.kv_channels,
                 **expert_fields(args),
+                **latent_fields(args),
                 **(unfused if self.position_axes(args) > 1 else {}),
             },
         }
@@ -211,7 +214,7 @@ def hugging_face_spec(args: argparse.Namespace, model: HuggingFaceModel) -> Mode
     Raises:
         ConfigError: an argument says otherwise than the checkpoint.
     """
-    refuse_experts(args, "an imported model's layers")
+    refuse_language_layers(args, "an imported model's layers")
     vision, language = model.spec.modules
     for name, wanted in {
         "encoder_num_layers": vision.layers,
@@ -265,7 +268,8 @@ def _vision_spec(args: argparse.Namespace) -> ModuleSpec:
 
 def _language_spec(args: argparse.Namespace) -> ModuleSpec:
     grouped = args.group_query_attention
-    usual = args.hidden_size // args.num_attention_heads
+    latent = _latent(args)
+    usual = args.kv_channels == args.hidden_size // args.num_attention_heads
     return ModuleSpec(
         name=LANGUAGE,
         kind=ModuleKind.LANGUAGE,
@@ -279,9 +283,23 @@ def _language_spec(args: argparse.Namespace) -> ModuleSpec:
         vocab_size=args.padded_vocab_size,
         tied_embeddings=not args.untie_embeddings_and_output_weights,
         layer=LayerOptions(
-            head_size=args.kv_channels if args.kv_channels != usual else None,
+            head_size=None if usual or latent is not None else args.kv_channels,
+            qk_norm=args.qk_layernorm,
+            latent=latent,
             experts=_experts(args),
         ),
+    )
+
+
+def _latent(args: argparse.Namespace) -> LatentOptions | None:
+    if not args.multi_latent_attention:
+        return None
+    return LatentOptions(
+        kv_rank=args.kv_lora_rank,
+        query_rank=args.q_lora_rank,
+        head_size=args.qk_head_dim,
+        rotary_size=args.qk_pos_emb_head_dim,
+        value_size=args.v_head_dim,
     )
 
 

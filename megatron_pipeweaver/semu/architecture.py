@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_pipeweaver.ir.lmm import ExpertOptions, Modulation, ModuleKind, ModuleSpec
+from megatron_pipeweaver.ir.lmm import (
+    ExpertOptions,
+    LatentOptions,
+    Modulation,
+    ModuleKind,
+    ModuleSpec,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
     """One transformer layer.
 
-    `bias` is that of the output projection and the MLP, `qkv_bias` that of the query, key and
-    value projection. `window` bounds self-attention; `context_size` is the width that
+    `head_size` is the width of a head's query and key; values have it too, but those of `latent`
+    attention. `bias` is that of the output projection and the MLP, `qkv_bias` that of the query,
+    key and value projection. `window` bounds self-attention; `context_size` is the width that
     cross-attention reads, `None` where there is none; `self_attention` is off where
     cross-attention takes its place.
     """
@@ -30,10 +37,16 @@ class LayerSpec:
     rotary: bool = False
     qk_norm: bool = False
     window: int | None = None
+    latent: LatentOptions | None = None
     experts: ExpertOptions | None = None
     context_size: int | None = None
     self_attention: bool = True
     modulation: Modulation | None = None
+
+    @property
+    def value_size(self) -> int:
+        """The width of a head's value, and of what it hands on."""
+        return self.head_size if self.latent is None else self.latent.value_size
 
 
 _BIDIRECTIONAL = frozenset({ModuleKind.VISION, ModuleKind.DIFFUSION})
@@ -41,6 +54,13 @@ _BIDIRECTIONAL = frozenset({ModuleKind.VISION, ModuleKind.DIFFUSION})
 
 def _usual(given: bool | None, usual: bool) -> bool:
     return usual if given is None else given
+
+
+def _head_size(module: ModuleSpec) -> int:
+    latent = module.layer.latent
+    if latent is not None:
+        return latent.head_size + latent.rotary_size
+    return module.layer.head_size or module.hidden_size // module.attention_heads
 
 
 def layer_spec(module: ModuleSpec, index: int = 0) -> LayerSpec:
@@ -60,7 +80,7 @@ def layer_spec(module: ModuleSpec, index: int = 0) -> LayerSpec:
         ffn_hidden_size=module.ffn_hidden_size,
         heads=module.attention_heads,
         kv_groups=module.kv_groups,
-        head_size=options.head_size or module.hidden_size // module.attention_heads,
+        head_size=_head_size(module),
         gated_mlp=module.gated_mlp,
         rms_norm=_usual(options.rms_norm, llama),
         bias=_usual(options.bias, not llama),
@@ -69,6 +89,7 @@ def layer_spec(module: ModuleSpec, index: int = 0) -> LayerSpec:
         rotary=_usual(options.rotary, llama),
         qk_norm=options.qk_norm,
         window=options.window if windowed else None,
+        latent=options.latent,
         experts=experts if experts is not None and experts.holds(index) else None,
         context_size=options.context_size if crosses else None,
         self_attention=not (

@@ -9,6 +9,7 @@ from megatron_pipeweaver.semu.operators import (
     STATISTIC_BYTES,
     Sketch,
     collective_work,
+    elementwise,
 )
 from megatron_pipeweaver.semu.options import Attention
 from megatron_pipeweaver.semu.work import (
@@ -55,14 +56,44 @@ def cross_pairs(load: Load, kind: Attention) -> int:
 class AttentionShape:
     """Sizes of one attention on one rank; `pairs` are query-key pairs per head.
 
-    Where nothing is `masked` out, dense attention does not fill scores in.
+    Queries and keys are `head_size` wide, values and what comes out `value_size`. Where nothing is
+    `masked` out, dense attention does not fill scores in.
     """
 
     rows: int
     heads: int
     head_size: int
+    value_size: int
     pairs: int
     masked: bool = True
+
+    @property
+    def output_elements(self) -> int:
+        """Elements of what attention hands on."""
+        return self.rows * self.heads * self.value_size
+
+    def fused(self, pairs: int, moved_bytes: int) -> tuple[Work, Work]:
+        """The fused kernel's forward and input gradient for `pairs` of the query-key pairs.
+
+        The backward computes the scores once more: three products as wide as the keys and two as
+        wide as the values, for the forward's one each.
+        """
+        each = 2 * self.heads * pairs
+        sizes = (self.rows, max(1, pairs // max(1, self.rows)), self.head_size)
+        return (
+            Work(
+                flops=each * (self.head_size + self.value_size),
+                memory_bytes=moved_bytes,
+                shape=sizes,
+                count=self.heads,
+            ),
+            Work(
+                flops=each * (3 * self.head_size + 2 * self.value_size),
+                memory_bytes=2 * moved_bytes,
+                shape=sizes,
+                count=self.heads,
+            ),
+        )
 
 
 def attention(
@@ -75,11 +106,10 @@ def attention(
     if sketch.options.attention is Attention.DENSE:
         return _dense_attention(sketch, name, sources, shape)
     query, key, value = sources
-    output = sketch.tensor(f"{name}.out", shape.rows * shape.heads * shape.head_size)
+    output = sketch.tensor(f"{name}.out", shape.output_elements)
     statistics = sketch.tensor(f"{name}.statistics", shape.rows * shape.heads, STATISTIC_BYTES)
-    flops = 4 * shape.heads * shape.pairs * shape.head_size
     moved = sketch.bytes_of(query, key, value, output)
-    sizes = (shape.rows, max(1, shape.pairs // max(1, shape.rows)), shape.head_size)
+    forward, input_grad = shape.fused(shape.pairs, moved)
     sketch.operators.append(
         Operator(
             name=name,
@@ -87,11 +117,8 @@ def attention(
             inputs=sources,
             outputs=(output, statistics),
             saves=(*sources, output, statistics),
-            forward=Work(flops=flops, memory_bytes=moved, shape=sizes, count=shape.heads),
-            # The backward computes the scores once more: five products for the forward's two.
-            input_grad=Work(
-                flops=5 * flops // 2, memory_bytes=2 * moved, shape=sizes, count=shape.heads
-            ),
+            forward=forward,
+            input_grad=input_grad,
         )
     )
     return output
@@ -113,19 +140,18 @@ def ring_attention(
     if ranks == 1 or sketch.options.attention is Attention.DENSE:
         return attention(sketch, name, sources, shape)
     query, *block = sources
-    size = shape.rows * shape.heads * shape.head_size
     before: tuple[str, ...] = ()
     for step in range(ranks):
         if step:
             block = [_ring_step(sketch, f"{name}_ring:{step}", tuple(block))]
         last = step == ranks - 1
-        output = sketch.tensor(f"{name}.out" if last else f"{name}:{step}.out", size)
+        output = f"{name}.out" if last else f"{name}:{step}.out"
+        sketch.tensor(output, shape.output_elements)
         statistics = f"{name}.statistics" if last else f"{name}:{step}.statistics"
         sketch.tensor(statistics, shape.rows * shape.heads, STATISTIC_BYTES)
         pairs_here = shape.pairs * (step + 1) // ranks - shape.pairs * step // ranks
-        flops = 4 * shape.heads * pairs_here * shape.head_size
         moved = sketch.bytes_of(query, *block, *before, output)
-        sizes = (shape.rows, max(1, pairs_here // max(1, shape.rows)), shape.head_size)
+        forward, input_grad = shape.fused(pairs_here, moved)
         sketch.operators.append(
             Operator(
                 name=f"{name}:{step}",
@@ -133,10 +159,8 @@ def ring_attention(
                 inputs=(query, *block, *before),
                 outputs=(output, statistics),
                 saves=(*sources, output, statistics) if last else (),
-                forward=Work(flops=flops, memory_bytes=moved, shape=sizes, count=shape.heads),
-                input_grad=Work(
-                    flops=5 * flops // 2, memory_bytes=2 * moved, shape=sizes, count=shape.heads
-                ),
+                forward=forward,
+                input_grad=input_grad,
             )
         )
         before = (output, statistics)
@@ -198,7 +222,7 @@ def _dense_attention(
     elements = shape.heads * shape.pairs
     scores = sketch.tensor(f"{name}_scores.out", elements)
     sizes = (shape.rows, max(1, shape.pairs // max(1, shape.rows)), shape.head_size)
-    _product(sketch, f"{name}_scores", (query, key), scores, shape, sizes)
+    _product(sketch, f"{name}_scores", (query, key), scores, shape, shape.head_size, sizes)
     probabilities = sketch.tensor(f"{name}.probabilities", elements)
     makes = [probabilities]
     if options.dropout:
@@ -223,10 +247,10 @@ def _dense_attention(
             input_grad=works[1],
         )
     )
-    output = sketch.tensor(f"{name}.out", shape.rows * shape.heads * shape.head_size)
+    output = sketch.tensor(f"{name}.out", shape.output_elements)
     weights = makes[1] if options.dropout else probabilities
-    turned = (shape.rows, shape.head_size, sizes[1])
-    _product(sketch, f"{name}_context", (weights, value), output, shape, turned)
+    turned = (shape.rows, shape.value_size, sizes[1])
+    _product(sketch, f"{name}_context", (weights, value), output, shape, shape.value_size, turned)
     return output
 
 
@@ -236,10 +260,11 @@ def _product(
     sources: tuple[str, str],
     output: str,
     shape: AttentionShape,
+    width: int,
     sizes: tuple[int, int, int],
 ) -> None:
-    """One batched product of attention; its backward is two."""
-    flops = 2 * shape.heads * shape.pairs * shape.head_size
+    """One batched product of attention, `width` channels a pair; its backward is two."""
+    flops = 2 * shape.heads * shape.pairs * width
     moved = sketch.bytes_of(*sources, output)
     sketch.operators.append(
         Operator(
@@ -253,4 +278,34 @@ def _product(
                 flops=2 * flops, memory_bytes=2 * moved, shape=sizes, count=shape.heads, kernels=2
             ),
         )
+    )
+
+
+_ROTARY_APART = ((12, 9), (14, 10))
+"""Cosine, sine, half turned and joined, two products, their sum, joined to what is not turned."""
+_INTERLEAVED_APART = ((14, 10), (21, 15))
+"""The same behind even and odd channels, joined as halves; their gradients are filled in apart."""
+
+
+def rotary(
+    sketch: Sketch, name: str, source: str, *, load: Load, width: int, interleaved: bool = False
+) -> str:
+    """Rotated positions of heads of `width` channels.
+
+    Unfused, they keep their sines and cosines, one row per position; where pairs are `interleaved`
+    channels, these are sorted first.
+    """
+    options = sketch.options
+    makes: tuple[str, ...] = ()
+    if not options.fused_rotary:
+        angles = -(-load.sequence // options.parallel.context) * width
+        makes = (sketch.tensor(f"{name}.cos", angles), sketch.tensor(f"{name}.sin", angles))
+    apart = _INTERLEAVED_APART if interleaved else _ROTARY_APART
+    return elementwise(
+        sketch,
+        name,
+        (source,),
+        sketch.elements(source),
+        makes=makes,
+        apart=None if options.fused_rotary else apart,
     )

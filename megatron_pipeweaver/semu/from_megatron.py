@@ -11,7 +11,13 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from megatron_pipeweaver.errors import ConfigError
-from megatron_pipeweaver.ir.lmm import ExpertOptions, LayerOptions, ModuleKind, ModuleSpec
+from megatron_pipeweaver.ir.lmm import (
+    ExpertOptions,
+    LatentOptions,
+    LayerOptions,
+    ModuleKind,
+    ModuleSpec,
+)
 
 
 class LayerConfig(Protocol):
@@ -41,7 +47,6 @@ _RMS_NORM = {"LayerNorm": False, "RMSNorm": True}
 # every version of megatron-core has all of these; one that is not there is off.
 _NOT_EMULATED: Mapping[str, Any] = MappingProxyType(
     {
-        "multi_latent_attention": False,
         "window_size": None,
         "attention_output_gate": False,
         "experimental_attention_variant": None,
@@ -49,6 +54,7 @@ _NOT_EMULATED: Mapping[str, Any] = MappingProxyType(
         "heterogeneous_block_specs": False,
         "moe_latent_size": None,
         "mtp_num_layers": None,
+        "mla_down_proj_fusion": False,
     }
 )
 
@@ -81,6 +87,7 @@ def module_from_config(
             f"emulated are {list(_RMS_NORM)}"
         )
     ffn_hidden_size = config.ffn_hidden_size or 4 * config.hidden_size
+    latent = _latent(config)
     return ModuleSpec(
         name=name,
         kind=kind,
@@ -88,19 +95,37 @@ def module_from_config(
         hidden_size=config.hidden_size,
         ffn_hidden_size=ffn_hidden_size,
         attention_heads=config.num_attention_heads,
-        kv_groups=config.num_query_groups or config.num_attention_heads,
+        kv_groups=(
+            config.num_attention_heads
+            if latent is not None
+            else config.num_query_groups or config.num_attention_heads
+        ),
         gated_mlp=config.gated_linear_unit,
         layer=LayerOptions(
-            head_size=config.kv_channels,
+            head_size=config.kv_channels if latent is None else None,
             rms_norm=_RMS_NORM[config.normalization],
             bias=config.add_bias_linear,
             qkv_bias=config.add_bias_linear or config.add_qkv_bias,
             rotary=rotary,
             qk_norm=config.qk_layernorm,
+            latent=latent,
             experts=_experts(config, name, ffn_hidden_size),
             positions=around.pop("positions", 0),
         ),
         **around,
+    )
+
+
+def _latent(config: Any) -> LatentOptions | None:
+    """What ``MLATransformerConfig`` has more; neither heads' own size nor groups count there."""
+    if not getattr(config, "multi_latent_attention", False):
+        return None
+    return LatentOptions(
+        kv_rank=config.kv_lora_rank,
+        query_rank=config.q_lora_rank,
+        head_size=config.qk_head_dim,
+        rotary_size=config.qk_pos_emb_head_dim,
+        value_size=config.v_head_dim,
     )
 
 

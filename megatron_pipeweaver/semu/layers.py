@@ -3,7 +3,7 @@
 Heads, FFN columns and vocabulary rows are divided by the tensor-parallel size, and with sequence
 parallelism so are the rows between the linears.
 
-    hidden -> norm1 -> qkv -> attention -> proj -> + -> [norm -> cross-attention -> +]
+    hidden -> norm1 -> qkv (or latents) -> attention -> proj -> + -> [norm -> cross-attention -> +]
            -> norm2 -> MLP or experts -> +
 """
 
@@ -18,9 +18,11 @@ from megatron_pipeweaver.semu.attention import (
     gathered,
     pairs,
     ring_attention,
+    rotary,
 )
 from megatron_pipeweaver.semu.experts import expert_mlp
 from megatron_pipeweaver.semu.interface import Load
+from megatron_pipeweaver.semu.latent import latent_projections
 from megatron_pipeweaver.semu.operators import (
     Sketch,
     activation,
@@ -36,9 +38,6 @@ from megatron_pipeweaver.semu.operators import (
 )
 from megatron_pipeweaver.semu.options import Attention, RunOptions
 from megatron_pipeweaver.semu.work import Subgraph
-
-_ROTARY_APART = ((12, 9), (14, 10))
-"""Cosine, sine, half turned and joined, two products, their sum, joined to what is not turned."""
 
 
 def transformer_layer(spec: LayerSpec, load: Load, options: RunOptions) -> Subgraph:
@@ -123,6 +122,47 @@ def _attention_block(sketch: Sketch, spec: LayerSpec, load: Load, hidden: str) -
         affine=affine,
     )
     normed = _modulated(sketch, spec, "modulate1", normed)
+    if spec.latent is not None:
+        query, key, value = latent_projections(sketch, spec, spec.latent, load, normed)
+    else:
+        query, key, value = _projections(sketch, spec, load, normed)
+    if options.attention is Attention.DENSE:
+        key, value = gathered(sketch, "gather_key", key), gathered(sketch, "gather_value", value)
+        if groups < heads:
+            whole_size = rows * heads * spec.head_size * options.parallel.context
+            key = elementwise(sketch, "repeat_key", (key,), whole_size)
+            value = elementwise(sketch, "repeat_value", (value,), whole_size)
+    shape = AttentionShape(
+        rows=rows,
+        heads=heads,
+        head_size=spec.head_size,
+        value_size=spec.value_size,
+        # A rank's share of the query-key pairs.
+        pairs=-(
+            -pairs(load, options.attention, causal=spec.causal, window=spec.window)
+            // options.parallel.context
+        ),
+        masked=spec.causal or spec.window is not None or len(load.lengths) > load.batch,
+    )
+    context = ring_attention(sketch, "attention", (query, key, value), shape)
+    branch = linear(
+        sketch,
+        "proj",
+        context,
+        rows=rows,
+        width_in=heads * spec.value_size,
+        width_out=width,
+        bias=spec.bias,
+    )
+    branch = leave_tensor_parallel(sketch, "leave_attention", branch, rows * width)
+    return _residual(sketch, "residual1", _gated(sketch, spec, "gate1", branch), hidden)
+
+
+def _projections(sketch: Sketch, spec: LayerSpec, load: Load, normed: str) -> tuple[str, str, str]:
+    """Query, key and value of this rank's heads, in one linear; with positions."""
+    options = sketch.options
+    rows, width = context_rows(load, options), spec.hidden_size
+    heads, groups = shard(spec.heads, options), shard(spec.kv_groups, options)
     entered = enter_tensor_parallel(sketch, "enter_attention", normed, rows * width)
     mixed = linear(
         sketch,
@@ -143,36 +183,7 @@ def _attention_block(sketch: Sketch, spec: LayerSpec, load: Load, hidden: str) -
         # With fewer groups than heads, queries do not stand side by side.
         copies=("query",) if groups < heads else (),
     )
-    query, key = _positioned(sketch, spec, load, query, key)
-    if options.attention is Attention.DENSE:
-        key, value = gathered(sketch, "gather_key", key), gathered(sketch, "gather_value", value)
-        if groups < heads:
-            whole_size = query_size * options.parallel.context
-            key = elementwise(sketch, "repeat_key", (key,), whole_size)
-            value = elementwise(sketch, "repeat_value", (value,), whole_size)
-    shape = AttentionShape(
-        rows=rows,
-        heads=heads,
-        head_size=spec.head_size,
-        # A rank's share of the query-key pairs.
-        pairs=-(
-            -pairs(load, options.attention, causal=spec.causal, window=spec.window)
-            // options.parallel.context
-        ),
-        masked=spec.causal or spec.window is not None or len(load.lengths) > load.batch,
-    )
-    context = ring_attention(sketch, "attention", (query, key, value), shape)
-    branch = linear(
-        sketch,
-        "proj",
-        context,
-        rows=rows,
-        width_in=heads * spec.head_size,
-        width_out=width,
-        bias=spec.bias,
-    )
-    branch = leave_tensor_parallel(sketch, "leave_attention", branch, rows * width)
-    return _residual(sketch, "residual1", _gated(sketch, spec, "gate1", branch), hidden)
+    return *_positioned(sketch, spec, load, query, key), value
 
 
 def _positioned(
@@ -193,26 +204,9 @@ def _positioned(
             for name, source in names
         )
     if spec.rotary:
-        query = _rotary(sketch, spec, load, "rotary_query", query)
-        key = _rotary(sketch, spec, load, "rotary_key", key)
+        query = rotary(sketch, "rotary_query", query, load=load, width=spec.head_size)
+        key = rotary(sketch, "rotary_key", key, load=load, width=spec.head_size)
     return query, key
-
-
-def _rotary(sketch: Sketch, spec: LayerSpec, load: Load, name: str, source: str) -> str:
-    """Rotated positions; unfused, they keep their sines and cosines, one row per position."""
-    makes: tuple[str, ...] = ()
-    options = sketch.options
-    if not options.fused_rotary:
-        angles = -(-load.sequence // options.parallel.context) * spec.head_size
-        makes = (sketch.tensor(f"{name}.cos", angles), sketch.tensor(f"{name}.sin", angles))
-    return elementwise(
-        sketch,
-        name,
-        (source,),
-        sketch.elements(source),
-        makes=makes,
-        apart=None if options.fused_rotary else _ROTARY_APART,
-    )
 
 
 def _cross_attention_block(
@@ -259,6 +253,7 @@ def _cross_attention_block(
         rows=rows,
         heads=heads,
         head_size=spec.head_size,
+        value_size=spec.head_size,
         pairs=-(-cross_pairs(load, options.attention) // options.parallel.context),
         masked=len(load.context_lengths) > load.batch,
     )

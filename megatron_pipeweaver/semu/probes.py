@@ -389,7 +389,9 @@ def _attentions(maker: _Maker, rows: int, width: int) -> list[Probe]:
     """Scores, softmax and context of one sequence as Megatron's own; or the whole, fused."""
     size = maker.head_size
     heads = max(1, width // size)
-    shape = AttentionShape(rows=rows, heads=heads, head_size=size, pairs=rows * rows)
+    shape = AttentionShape(
+        rows=rows, heads=heads, head_size=size, value_size=size, pairs=rows * rows
+    )
     sketch = Sketch("sample", maker.options)
     names = tuple(sketch.tensor(name, rows * heads * size) for name in ("q", "k", "v"))
     attention(sketch, "attention", (names[0], names[1], names[2]), shape)

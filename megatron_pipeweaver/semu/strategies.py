@@ -50,6 +50,27 @@ _EXPERTS = _SHARED_EXPERTS | {
 }
 _MLP = frozenset({"enter_mlp", "fc1", "activation", "fc2", "leave_mlp"})
 
+_UP_PROJECTION = frozenset(
+    {
+        "query_up_norm",
+        "enter_query_up",
+        "query_up",
+        "kv_up_norm",
+        "enter_kv_up",
+        "kv_up",
+        "query_split",
+        "rotary_query",
+        "join_query",
+        "turn_query",
+        "kv_split",
+        "rotary_key",
+        "join_key",
+        "copy_value",
+        "turn_key_value",
+    }
+)
+_LATENT_LINEARS = frozenset({"query_down", "query_up", "kv_down", "kv_up", "proj"})
+
 _ONE_BY_ONE: Mapping[LayerStrategy, frozenset[str]] = MappingProxyType(
     {
         LayerStrategy.NORM: _NORMS,
@@ -73,6 +94,9 @@ def recomputed(strategy: LayerStrategy, graph: Subgraph) -> Recomputed:
     names = frozenset(one.name for one in graph.operators)
     if strategy is LayerStrategy.RECOMPUTE:
         return Recomputed(operators=names, drops_outputs=True, blocks=(names,))
+    if strategy is LayerStrategy.UP_PROJECTION and "kv_up" in names:
+        again = _steps(names, _UP_PROJECTION)
+        return Recomputed(operators=again, drops_outputs=True, blocks=(again,))
     if strategy in _ONE_BY_ONE:
         return Recomputed(operators=_steps(names, _ONE_BY_ONE[strategy]), drops_outputs=True)
     steps = (_steps(names, block) for block in _TOGETHER.get(strategy, ()))
@@ -118,12 +142,16 @@ def weight_grads_apart(strategy: LayerStrategy, graph: Subgraph) -> frozenset[st
 
     Those of linears whose operands are on the device anyway: what was dropped or offloaded would
     be held once more until then. A projector's would hold more than it does otherwise, and what is
-    no linear costs too little. Experts behind a dropped norm run as one with the router.
+    no linear costs too little. Behind a dropped norm, experts run as one with the router, and
+    latent attention as one.
     """
     again = recomputed(strategy, graph)
     if strategy is LayerStrategy.OFFLOAD or graph.name == "projector":
         return frozenset()
+    names = frozenset(one.name for one in graph.operators)
     at_once = again.operators | (_EXPERTS if "norm2" in again.operators else frozenset())
+    if "norm1" in again.operators and "kv_up" in names:
+        at_once |= _LATENT_LINEARS
     dropping = again.operators if again.drops_outputs else frozenset()
     dropped = {name for one in graph.operators if one.name in dropping for name in one.outputs}
     return frozenset(

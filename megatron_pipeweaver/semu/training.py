@@ -176,12 +176,15 @@ def backward_graph(
     blocks = list(again.blocks)
     ends: dict[str, tuple[int, ...]] = {}
     for one in reversed(subgraph.operators):
-        for block in [block for block in blocks if one.name in block]:
+        # A block runs when its own backward comes, or before that, when what it dropped is needed.
+        missing = {build.bases.get(name, name) for name in one.saves} - at_hand
+        needed = {one.name, *(producers[name].name for name in missing if name in producers)}
+        for block in [block for block in blocks if not needed.isdisjoint(block)]:
             blocks.remove(block)
             _run_block(build, block, at_hand, build.received(one))
             first = next(each.name for each in subgraph.operators if each.name in block)
             # What came out of it again is held to the end of its own backward.
-            ends[first] = build.activations(one.outputs[:1])
+            ends[first] = build.activations(_out_of(subgraph, block, one))
         for name in one.saves:
             _bring_back(build, name, at_hand, producers, build.received(one))
         _add_gradients(build, one, producers, weight_grad=weight_grad)
@@ -189,6 +192,20 @@ def backward_graph(
     if subgraph.tensors:
         build.hold(build.known_gradients(one.name for one in subgraph.tensors[:1]))  # handed on
     return build.finish()
+
+
+def _out_of(subgraph: Subgraph, block: frozenset[str], last: Operator) -> tuple[str, ...]:
+    """What comes out of a block: of its `last` operator, or what that one, behind it, has kept."""
+    if last.name in block:
+        return last.outputs[:1]
+    made = {name for one in subgraph.operators if one.name in block for name in one.outputs}
+    return tuple(
+        name
+        for one in subgraph.operators
+        if one.name not in block
+        for name in one.inputs
+        if name in made
+    )
 
 
 def at_hand_in_order(subgraph: Subgraph, names: set[str]) -> list[str]:

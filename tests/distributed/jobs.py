@@ -65,6 +65,21 @@ SPARSE: Mapping[str, Run] = {
     "PP 2 x TP 2, experts": Run(flags=pipeline(2, *EXPERTS, *TENSOR_TWO)),
 }
 """Language models with experts; two replicas divide them in ``EP 2``, and share their plans."""
+LATENT = shlex.split(
+    "--multi-latent-attention --q-lora-rank 12 --kv-lora-rank 8 --qk-head-dim 8 "
+    "--qk-pos-emb-head-dim 4 --v-head-dim 6 --qk-layernorm --normalization RMSNorm "
+    "--rope-type rope --rotary-base 500"
+)
+LATENT_RUNS: Mapping[str, Run] = {
+    "plain, latent": Run(flags=LATENT, iterations=4),
+    "PP 2 x TP 2, latent": Run(
+        flags=[
+            *pipeline(2, *TENSOR_TWO, *LATENT),
+            *("--pipeweaver-strategies", "keep,recompute_up_projection"),
+        ],
+        iterations=4,
+    ),
+}
 TEXT: Mapping[str, Run] = {
     "PP 2 x DP 2, overlap, text": Run(flags=[*TWO, *TEXT_SAVED], images=0),
     "PP 2 x TP 2, sequence parallel, text": Run(flags=pipeline(2, *TENSOR_TWO), images=0),
@@ -204,6 +219,7 @@ RUNS: Mapping[str, Run] = {
     **PLAIN,
     **IMAGES,
     **SPARSE,
+    **LATENT_RUNS,
     **TEXT,
     **RESUMED,
     **DUTIES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed.conftest import Jobs
-from tests.distributed.jobs import IMAGES, LLAVA, SPARSE, TEXT
+from tests.distributed.jobs import IMAGES, LATENT_RUNS, LLAVA, SPARSE, TEXT
 from tests.distributed.pretraining import close
 
 pytestmark = pytest.mark.timeout(900)  # whoever asks first waits for all jobs
@@ -26,6 +26,13 @@ def test_losses_are_those_of_megatron_without_pipeweaver(jobs: Jobs, name: str) 
     assert plain.losses[20] < plain.losses[1]
     close(jobs.heard[name], plain)
     assert jobs.heard[name].virtual_size is not None
+
+
+def test_losses_of_latent_attention_are_those_of_one_pipeline_rank(jobs: Jobs) -> None:
+    plain, cut = (jobs.heard[name] for name in LATENT_RUNS)
+    assert list(plain.losses) == [1, 2, 3, 4]
+    assert plain.losses[4] < plain.losses[1]
+    close(cut, plain)
 
 
 def test_segments_become_megatrons_virtual_pipeline_size(jobs: Jobs) -> None:

@@ -9,6 +9,7 @@ from megatron_pipeweaver.cli.job_files import SYNTHETIC, load_job
 from megatron_pipeweaver.cli.main import main
 from megatron_pipeweaver.ir.batch import Item
 from megatron_pipeweaver.ir.cluster import ParallelSizes
+from megatron_pipeweaver.ir.lmm import LatentOptions
 from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.semu.devices import load_device, profile_to_json
 from megatron_pipeweaver.semu.options import Attention
@@ -203,6 +204,13 @@ def test_tune_tries_context_parallelism_when_asked(write, capsys):
     assert all(math.prod(map(int, row[1:6])) == 4 for row in rows)
     told = error_of(capsys, ["tune", write(), "--context", "0"])
     assert told == "tune: context-parallel size 0; need at least 1"
+
+
+def test_latent_attention_is_read(write):
+    sizes = {"kv_rank": 16, "head_size": 8, "rotary_size": 4, "value_size": 12}
+    language = {**LANGUAGE, "kv_groups": 4, "layer": {"latent": sizes}}
+    job = load_job(write(model={"name": "small", "modules": [VISION, language]}))
+    assert job.job.model.backbone.layer.latent == LatentOptions(**sizes)
 
 
 def test_tune_spreads_experts_over_replicas(write, capsys):

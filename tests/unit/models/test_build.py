@@ -257,3 +257,15 @@ def test_bfloat16(groups):
     assert torch.isfinite(losses).all()
     losses.sum().backward()
     assert {gradient.dtype for gradient in model.gradients().values()} == {torch.bfloat16}
+
+
+def test_queries_and_keys_of_a_language_model_are_normed(groups):
+    spec = vision_language()
+    vision, language = spec.modules
+    language = replace(language, layer=replace(language.layer, qk_norm=True))
+    model = Model(
+        replace(spec, modules=(vision, language)), cut(1, vision=[3], language=[5]), groups
+    )
+    model.loss(batch(1)).backward()
+    ends = ("q_layernorm.weight", "k_layernorm.weight")
+    assert sum(name.endswith(ends) for name in model.gradients()) == 2 * 5

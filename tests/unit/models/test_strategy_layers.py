@@ -21,7 +21,16 @@ from megatron_pipeweaver.semu.strategies import held_tensors, recomputed
 from tests.unit.semu import megatron_layers
 from tests.unit.semu.test_against_megatron import SPECS
 
-KINDS = ["gpt", "llama, grouped", "qwen3", "experts, llama", "experts, shared", "vit"]
+KINDS = [
+    "gpt",
+    "llama, grouped",
+    "qwen3",
+    "experts, llama",
+    "experts, shared",
+    "latent, experts",
+    "latent queries, normed",
+    "vit",
+]
 SEQUENCE, BATCH, DROPOUT = 64, 2, 0.1
 Trained = tuple[dict[str, Tensor], int]
 
@@ -89,7 +98,7 @@ def test_every_strategy_is_the_same_to_the_last_bit_and_keeps_what_was_planned(n
             assert math.isclose(held, planned(name, strategy), rel_tol=0.03), strategy
 
 
-@pytest.mark.parametrize("name", ["llama, grouped", "experts, shared", "vit"])
+@pytest.mark.parametrize("name", ["llama, grouped", "experts, shared", "latent", "vit"])
 def test_weight_gradients_are_left_out_only_of_what_stays(name: str) -> None:
     layer = build(name)
     kept, _ = train(name, layer, LayerStrategy.KEEP)

@@ -97,7 +97,7 @@ def test_strategies_that_are_none_are_refused_in_one_line(text, wrong, capsys):
     assert error.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"--pipeweaver-strategies: cannot read {wrong!r} of {text!r}; give each" in last
-    assert last.endswith("recompute_mlp, recompute_shared_experts, offload")
+    assert last.endswith("recompute_shared_experts, recompute_up_projection, offload")
 
 
 FILE = {
@@ -224,9 +224,32 @@ def experts(**more):
     }
 
 
+def latent(**more):
+    """What Megatron's arguments say of latent attention, so far that all of it can run."""
+    return {
+        "multi_latent_attention": True,
+        "position_embedding_type": "rope",
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "context_parallel_size": 1,
+        "transformer_impl": "local",
+        **more,
+    }
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            latent(position_embedding_type="mrope"),
+            "--position-embedding-type mrope and --multi-latent-attention .* give rope",
+        ),
+        (latent(sequence_parallel=False), "--tensor-model-parallel-size 2 .* --sequence-parallel"),
+        (
+            latent(context_parallel_size=2, seq_length=32),
+            "--context-parallel-size 2 .* needs Transformer Engine",
+        ),
+        (latent(mla_down_proj_fusion=True), "--mla-down-proj-fusion with --pipeweaver"),
         ({"pipeline_model_parallel_size": 1}, "give --pipeline-model-parallel-size 2 or more"),
         ({"num_virtual_stages_per_pipeline_rank": 2}, "use --pipeweaver-segments instead"),
         ({"pipeline_model_parallel_layout": "E|t*3"}, "--pipeline-model-parallel-layout E"),

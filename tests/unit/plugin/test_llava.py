@@ -12,6 +12,7 @@ from megatron_pipeweaver.plugin.llava import Llava
     ("arguments", "message"),
     [
         ({"context_parallel_size": 2}, "--context-parallel-size 2: .* train scripts/pretrain_vlm"),
+        ({"multi_latent_attention": True}, "--multi-latent-attention: .* have none; leave it out"),
         ({"num_experts": 8}, "--num-experts 8: .* train scripts/pretrain_vlm"),
     ],
     ids=str,

@@ -12,9 +12,9 @@ from megatron_pipeweaver.semu.devices import load_device
 KEEP, OFFLOAD, NORM = LayerStrategy.KEEP, LayerStrategy.OFFLOAD, LayerStrategy.NORM
 
 
-def strategies(*, device="cpu", local=True, **arguments):
+def strategies(*, device="cpu", local=True, latent=False, **arguments):
     ours = PipeWeaverArguments(device_profile=device, **arguments)
-    return planned_strategies(ours, load_device(device), local=local)
+    return planned_strategies(ours, load_device(device), local=local, latent=latent)
 
 
 @pytest.mark.parametrize("local", [False, True])
@@ -30,6 +30,14 @@ def test_a_dry_run_plans_for_the_device_that_it_emulates(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert OFFLOAD in strategies(device="H100", dry_run=1)
     assert OFFLOAD not in strategies(device="cpu", dry_run=1)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_up_projections_are_planned_where_attention_is_latent(local):
+    up = LayerStrategy.UP_PROJECTION
+    assert up not in strategies(local=local)
+    assert up in strategies(local=local, latent=True)
+    assert strategies(local=local, strategies=(KEEP, up)) == (KEEP, up)
 
 
 def test_what_is_asked_for_is_planned_with():

@@ -15,13 +15,14 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from megatron_pipeweaver.models.latent_attention import own_latent_attention
 from megatron_pipeweaver.plugin.cpu import cpu_patches
 from megatron_pipeweaver.plugin.patching import PatchSet
 from megatron_pipeweaver.semu.architecture import LayerSpec
@@ -79,8 +80,13 @@ def make_layer(
     dropout: float = 0.0,
     recompute: list[str] | None = None,
     module: type[torch.nn.Module] = TransformerLayer,
+    as_megatron_has_it: bool = False,
 ) -> torch.nn.Module:
-    """megatron-core's own layer for `spec`, in single precision; `module` is its class."""
+    """megatron-core's own layer for `spec`, in single precision; `module` is its class.
+
+    Latent attention gets the core attention that it lacks without Transformer Engine, but
+    `as_megatron_has_it`.
+    """
     selective = {"recompute_granularity": "selective", "recompute_modules": recompute}
     gated = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
     experts = {}
@@ -92,7 +98,18 @@ def make_layer(
             "moe_shared_expert_intermediate_size": spec.experts.shared_ffn_hidden_size,
             "moe_token_dispatcher_type": "alltoall",
         }
-    config = TransformerConfig(
+    kind, latent = TransformerConfig, {}
+    if spec.latent is not None:
+        kind = MLATransformerConfig
+        latent = {
+            "q_lora_rank": spec.latent.query_rank,
+            "kv_lora_rank": spec.latent.kv_rank,
+            "qk_head_dim": spec.latent.head_size,
+            "qk_pos_emb_head_dim": spec.latent.rotary_size,
+            "v_head_dim": spec.latent.value_size,
+            "rope_type": "rope",
+        }
+    config = kind(
         num_layers=1,
         hidden_size=spec.hidden_size,
         ffn_hidden_size=spec.ffn_hidden_size,
@@ -111,13 +128,19 @@ def make_layer(
         **(gated if spec.gated_mlp else {}),
         **(selective if recompute else {}),
         **experts,
+        **latent,
     )
     if spec.causal:
         layer_spec = get_gpt_layer_local_spec(
             num_experts=spec.experts.count if spec.experts else None,
             qk_layernorm=spec.qk_norm,
             normalization="RMSNorm" if spec.rms_norm else None,
+            multi_latent_attention=bool(latent),
         )
+        if latent and not as_megatron_has_it:
+            parts = layer_spec.submodules
+            attention = own_latent_attention(parts.self_attention)
+            layer_spec = replace(layer_spec, submodules=replace(parts, self_attention=attention))
     else:
         layer_spec = get_vit_layer_with_local_spec()
     layer = build_module(replace(layer_spec, module=module), config=config, layer_number=1)
@@ -152,15 +175,18 @@ def observe(
     given: Sequence[torch.Tensor],
     recompute: bool = False,
 ) -> Measured:
-    """Matrix FLOPs, and bytes kept in storages that are neither parameters nor `given`."""
+    """Matrix FLOPs, and bytes kept in storages that are neither parameters nor `given`.
+
+    What is freed again within the forward, to be made anew in the backward, is not kept.
+    """
     ignored = {one.untyped_storage().data_ptr() for one in (*given, *layer.parameters())}
-    kept: dict[int, tuple[int, torch.Tensor]] = {}
+    kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in ignored:
             # Held here, so that no later storage can take the same address.
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor.detach())
+            kept[storage.data_ptr()] = tensor.detach()
         return tensor.detach()
 
     with (
@@ -168,11 +194,12 @@ def observe(
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         output = checkpoint(run, False, hidden) if recompute else run(hidden)
+    saved_bytes = sum(one.untyped_storage().nbytes() for one in kept.values())
     with FlopCount() as backward:
         output.sum().backward()
     return Measured(
         forward_flops=forward.total,
         backward_flops=backward.total,
-        saved_bytes=sum(size for size, _ in kept.values()),
+        saved_bytes=saved_bytes,
         parameters=sum(one.numel() for one in layer.parameters()),
     )

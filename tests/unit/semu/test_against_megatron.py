@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from megatron_pipeweaver.ir.lmm import ExpertOptions, ModuleKind
+from megatron_pipeweaver.ir.lmm import ExpertOptions, LatentOptions, ModuleKind
 from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.semu.architecture import LayerSpec, layer_spec
 from megatron_pipeweaver.semu.interface import Load
@@ -33,6 +33,13 @@ def _spec(groups: int = 8, **more: object) -> LayerSpec:
     return LayerSpec(**{**sizes, **more})  # type: ignore[arg-type]
 
 
+def _latent(**more: object) -> LayerSpec:
+    """Heads' queries and keys are 24 wide, values 20: no two sizes are the same."""
+    sizes = {"kv_rank": 40, "head_size": 16, "rotary_size": 8, "value_size": 20}
+    latent = LatentOptions(**{**sizes, "query_rank": more.pop("query_rank", None)})  # type: ignore[arg-type]
+    return _spec(head_size=24, latent=latent, **{**LLAMA, "rotary": False, **more})
+
+
 EXPERTS = ExpertOptions(count=4, active=2, ffn_hidden_size=64)
 SPECS = {
     "gpt": _spec(),
@@ -46,6 +53,12 @@ SPECS = {
     "experts": _spec(bias=False, experts=EXPERTS),
     "experts, llama": _spec(groups=2, experts=EXPERTS, **LLAMA),
     "experts, shared": _spec(experts=replace(EXPERTS, shared_ffn_hidden_size=96), **LLAMA),
+    "latent": _latent(),
+    "latent, normed": _latent(qk_norm=True),
+    "latent queries": _latent(query_rank=56),
+    "latent queries, normed": _latent(query_rank=56, qk_norm=True),
+    "latent, biases": _latent(query_rank=56, bias=True, rms_norm=False, qk_norm=True),
+    "latent, experts": _latent(qk_norm=True, experts=replace(EXPERTS, shared_ffn_hidden_size=96)),
     "vit": _spec(causal=False),
     "vit, no bias": _spec(causal=False, bias=False, qkv_bias=False),
     "vit, gated": _spec(causal=False, gated_mlp=True),
@@ -92,7 +105,7 @@ def test_layer(name: str, size: tuple[int, int]) -> None:
     assert _held(graph, LayerStrategy.KEEP) == pytest.approx(real.saved_bytes, rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama, grouped", "vit"])
+@pytest.mark.parametrize("name", ["gpt", "llama, grouped", "latent queries, normed", "vit"])
 def test_layer_with_dropout(name: str) -> None:
     spec = SPECS[name]
     layer = megatron_layers.make_layer(spec, dropout=0.1)
@@ -104,12 +117,16 @@ def test_layer_with_dropout(name: str) -> None:
 RECOMPUTED = {
     "core_attn": (
         LayerStrategy.ATTENTION,
-        ["gpt", "llama, grouped", "experts, llama", "experts, shared", "vit"],
+        ["gpt", "llama, grouped", "experts, llama", "experts, shared", "latent", "vit"],
     ),
     # Of layers with biases, megatron-core's own recomputation of MLPs never ends.
-    "mlp": (LayerStrategy.MLP, ["llama, grouped", "qwen3", "vit, no bias"]),
+    "mlp": (LayerStrategy.MLP, ["llama, grouped", "qwen3", "latent queries", "vit, no bias"]),
     "moe": (LayerStrategy.MLP, ["experts", "experts, llama", "experts, shared"]),
     "shared_experts": (LayerStrategy.SHARED_EXPERTS, ["experts, shared"]),
+    "mla_up_proj": (
+        LayerStrategy.UP_PROJECTION,
+        ["latent", "latent, normed", "latent queries", "latent queries, normed", "latent, experts"],
+    ),
 }
 """Kinds of selective recomputation, and layers that megatron-core itself can run under them."""
 
@@ -134,7 +151,6 @@ def test_selective_recompute(module: str, strategy: LayerStrategy, name: str) ->
     [
         ("layernorm", "FP8GlobalStateManager"),
         ("moe_act", "moe_grouped_gemm"),
-        ("mla_up_proj", "multi_latent_attention"),
     ],
 )
 def test_what_megatron_cannot_run_again_without_transformer_engine(module: str, why: str) -> None:
@@ -146,7 +162,15 @@ def test_what_megatron_cannot_run_again_without_transformer_engine(module: str, 
         run(SPECS["experts, llama"])
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama, grouped", "qwen3", "experts, shared", "vit"])
+@pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="is installed")
+def test_megatron_cannot_build_latent_attention_without_transformer_engine() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'k_channels'"):
+        megatron_layers.make_layer(SPECS["latent"], as_megatron_has_it=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt", "llama, grouped", "qwen3", "experts, shared", "latent queries, normed", "vit"]
+)
 def test_full_recompute(name: str) -> None:
     spec = SPECS[name]
     layer = megatron_layers.make_layer(spec)

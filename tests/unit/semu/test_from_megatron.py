@@ -101,7 +101,7 @@ def test_other_patterns_of_experts_are_refused(pattern):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("multi_latent_attention", True), ("window_size", (128, 0)), ("mtp_num_layers", 1)],
+    [("mla_down_proj_fusion", True), ("window_size", (128, 0)), ("mtp_num_layers", 1)],
 )
 def test_what_is_not_emulated_is_refused(field, value):
     config = TransformerConfig(num_layers=2, hidden_size=64, num_attention_heads=4)
