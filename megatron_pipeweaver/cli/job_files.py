@@ -314,6 +314,7 @@ _EXPERT_READERS: Mapping[str, Reader] = {
     "ffn_hidden_size": _positive,
     "shared_ffn_hidden_size": _positive,
     "dense_layers": JsonNode.integer,
+    "only_layers": _integers,
 }
 _LATENT_READERS: Mapping[str, Reader] = {
     "kv_rank": _positive,

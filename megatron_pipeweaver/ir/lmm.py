@@ -50,7 +50,7 @@ class ExpertOptions:
 
     Every token goes to `active` of `count` experts of width `ffn_hidden_size`, and through a
     shared expert of width `shared_ffn_hidden_size` where that is not `None`; the first
-    `dense_layers` layers keep an MLP.
+    `dense_layers` layers keep an MLP, or all but `only_layers` where these are named.
     """
 
     count: int
@@ -58,6 +58,7 @@ class ExpertOptions:
     ffn_hidden_size: int
     shared_ffn_hidden_size: int | None = None
     dense_layers: int = 0
+    only_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.active <= self.count or self.ffn_hidden_size < 1 or self.dense_layers < 0:
@@ -66,9 +67,15 @@ class ExpertOptions:
                 f"{self.dense_layers} dense layers; need 1 <= active <= count, width >= 1"
             )
 
+        if self.only_layers and self.dense_layers:
+            raise ConfigError(
+                f"experts: only_layers {list(self.only_layers)} and {self.dense_layers} dense "
+                "layers; name one of them"
+            )
+
     def holds(self, layer: int) -> bool:
         """Whether the layer of this index in its module has experts."""
-        return layer >= self.dense_layers
+        return layer in self.only_layers if self.only_layers else layer >= self.dense_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +205,12 @@ class ModuleSpec:
                 raise ConfigError(
                     f"{where}: {what} names layer {beyond[0]}; there are {self.layers}, from 0 on"
                 )
+        experts = self.layer.experts
+        if experts is not None and any(not 0 <= one < self.layers for one in experts.only_layers):
+            raise ConfigError(
+                f"{where}: experts stand in layers {list(experts.only_layers)}; there are "
+                f"{self.layers}, from 0 on"
+            )
         own_size = self.layer.head_size or self.layer.latent
         if own_size is None and self.hidden_size % self.attention_heads:
             raise ConfigError(

@@ -35,7 +35,7 @@ from megatron_pipeweaver.plugin.providers import (
     refuse_missing_layers,
     refuse_other_models,
 )
-from megatron_pipeweaver.semu.from_megatron import dense_layers
+from megatron_pipeweaver.semu.from_megatron import expert_layers
 
 VISION, LANGUAGE = "vision", "language"
 
@@ -311,5 +311,5 @@ def _experts(args: argparse.Namespace) -> ExpertOptions | None:
         active=args.moe_router_topk,
         ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
         shared_ffn_hidden_size=args.moe_shared_expert_intermediate_size,
-        dense_layers=dense_layers(args.moe_layer_freq, args.decoder_num_layers, LANGUAGE),
+        **expert_layers(args.moe_layer_freq, args.decoder_num_layers, LANGUAGE),
     )

@@ -137,12 +137,12 @@ def _experts(config: LayerConfig, name: str, ffn_hidden_size: int) -> ExpertOpti
         active=config.moe_router_topk,
         ffn_hidden_size=config.moe_ffn_hidden_size or ffn_hidden_size,
         shared_ffn_hidden_size=config.moe_shared_expert_intermediate_size,
-        dense_layers=dense_layers(config.moe_layer_freq, config.num_layers, name),
+        **expert_layers(config.moe_layer_freq, config.num_layers, name),
     )
 
 
-def dense_layers(pattern: int | Sequence[int], layers: int, name: str) -> int:
-    """How many layers keep an MLP, which must all stand in front of those with experts.
+def expert_layers(pattern: int | Sequence[int], layers: int, name: str) -> dict[str, Any]:
+    """Which layers have experts, as fields of `ExpertOptions`.
 
     Args:
         pattern: Megatron's ``moe_layer_freq``.
@@ -150,14 +150,16 @@ def dense_layers(pattern: int | Sequence[int], layers: int, name: str) -> int:
         name: of the module.
 
     Raises:
-        ConfigError: they stand elsewhere.
+        ConfigError: the pattern is one of other layers.
     """
     if isinstance(pattern, int):
         pattern = [int(layer % pattern == 0) for layer in range(layers)]
-    dense = len(pattern) - sum(pattern)
-    if len(pattern) != layers or list(pattern) != [0] * dense + [1] * (layers - dense):
+    if len(pattern) != layers or not set(pattern) <= {0, 1}:
         raise ConfigError(
-            f"module {name!r}: moe_layer_freq says {list(pattern)}; emulated are experts in all "
-            "layers behind the first dense ones"
+            f"module {name!r}: moe_layer_freq says {list(pattern)}; give a 0 or a 1 for each of "
+            f"{layers} layers"
         )
-    return dense
+    dense = layers - sum(pattern)
+    if list(pattern) == [0] * dense + [1] * (layers - dense):
+        return {"dense_layers": dense}
+    return {"only_layers": tuple(layer for layer, one in enumerate(pattern) if one)}

@@ -15,6 +15,7 @@ from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.cluster import ParallelSizes
 from megatron_pipeweaver.ir.lmm import (
     ExpertOptions,
+    LatentOptions,
     LayerOptions,
     ModelSpec,
     Modulation,
@@ -63,6 +64,24 @@ def _dit(sizes: str, text: int, **more: Any) -> ModuleSpec:
     )
 
 
+def _latent_lm(
+    sizes: str, vocabulary: int, experts: ExpertOptions, query_rank: int | None = None
+) -> ModuleSpec:
+    """Of DeepSeek's kind: latents of one width, experts behind the first layers."""
+    heads = sizes.rsplit(maxsplit=1)[-1]
+    latent = LatentOptions(
+        kv_rank=512, query_rank=query_rank, head_size=128, rotary_size=64, value_size=128
+    )
+    return _lm(
+        f"{sizes} {heads}",
+        vocabulary,
+        layer=LayerOptions(latent=latent, qk_norm=True, experts=experts),
+    )
+
+
+_V2_EXPERTS = ExpertOptions(
+    count=64, active=6, ffn_hidden_size=1408, shared_ffn_hidden_size=2 * 1408, dense_layers=1
+)
 _QWEN2 = LayerOptions(qkv_bias=True)
 _QWEN3 = LayerOptions(head_size=128, qk_norm=True)
 _QWEN_VIT = LayerOptions(
@@ -116,6 +135,13 @@ MODULES: Mapping[str, ModuleSpec] = MappingProxyType(
             },
             layer=LayerOptions(rotary=True, tap_layers=(8, 16, 24), positions=2304),
         ),
+        "moonvit-400m": _vit(
+            "27 1152 4304 16 16",
+            patches_per_token=4,
+            output_size=2048,
+            projector_hidden_size=4608,
+            layer=LayerOptions(rotary=True, positions=4096),
+        ),
         "llama3.2-vision-vit": _vit(
             # 32 layers over tiles, 8 more over all of them; 4 tiles of 560 x 560 pixels an image.
             "40 1280 5120 16 16",
@@ -142,6 +168,20 @@ MODULES: Mapping[str, ModuleSpec] = MappingProxyType(
             "48 2048 6144 32 4",
             151936,
             layer=replace(_QWEN3, experts=ExpertOptions(count=128, active=8, ffn_hidden_size=768)),
+        ),
+        "deepseek-v2-lite": _latent_lm("27 2048 10944 16", 102400, _V2_EXPERTS),
+        "moonlight-16b-a3b": _latent_lm("27 2048 11264 16", 163840, _V2_EXPERTS),
+        "deepseek-v3": _latent_lm(
+            "61 7168 18432 128",
+            129280,
+            ExpertOptions(
+                count=256,
+                active=8,
+                ffn_hidden_size=2048,
+                shared_ffn_hidden_size=2048,
+                dense_layers=3,
+            ),
+            query_rank=1536,
         ),
         # Diffusion transformers.
         "moviegen-30b": _dit("48 6144 16384 48 48", 6144, gated_mlp=True),
@@ -234,6 +274,7 @@ SETUPS: Mapping[str, Setup] = MappingProxyType(
                 # 1024 patches of a tile become 256 tokens.
                 MappingProxyType({"patches_per_token": 4, "projector_hidden_size": 3584}),
             ),
+            _open_vlm("kimi-vl-a3b", "moonvit-400m", "moonlight-16b-a3b"),
             _open_vlm("llama3.2-11b-vision", "llama3.2-vision-vit", "llama3.2-11b-vision-lm"),
         )
     }

@@ -53,6 +53,18 @@ def test_dense_layers_stand_in_front(groups):
     assert found == [[False], [True, True], [True, True], []]
 
 
+def test_experts_in_every_other_layer_are_cut_like_any(groups):
+    spec = with_experts(replace(EXPERTS, dense_layers=0, only_layers=(0, 2, 4)))
+    whole, chunks = (Model(spec, one, groups, OPTIONS_OF_EXPERTS) for one in PIECES)
+    found = [
+        [isinstance(layer.mlp, MoELayer) for layer in chunk.layers]
+        for chunk in chunks.stages("language")
+    ]
+    assert found == [[True], [False, True], [False, True], []]
+    losses = [one.loss(batch(2)) for one in (whole, chunks)]
+    assert torch.equal(*losses)
+
+
 def test_encoders_have_no_experts(groups):
     model = Model(with_experts(), PIECES[0], groups, OPTIONS_OF_EXPERTS)
     (vision,) = model.stages("vision")

@@ -3,11 +3,11 @@ import sys
 
 import pytest
 import torch
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.lmm import ModuleKind
-from megatron_pipeweaver.semu.architecture import layer_spec
+from megatron_pipeweaver.semu.architecture import layer_groups, layer_spec
 from megatron_pipeweaver.semu.from_megatron import module_from_config
 from megatron_pipeweaver.semu.memory import module_parameters
 from megatron_pipeweaver.semu.presets import module_preset
@@ -32,6 +32,25 @@ QWEN2 = {
     "num_query_groups": 4,
     "add_qkv_bias": True,
 }
+DEEPSEEK_V3 = {
+    **LLAMA,
+    "num_layers": 61,
+    "hidden_size": 7168,
+    "ffn_hidden_size": 18432,
+    "num_attention_heads": 128,
+    "num_query_groups": None,
+    "qk_layernorm": True,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_head_dim": 128,
+    "qk_pos_emb_head_dim": 64,
+    "v_head_dim": 128,
+    "num_moe_experts": 256,
+    "moe_router_topk": 8,
+    "moe_ffn_hidden_size": 2048,
+    "moe_shared_expert_intermediate_size": 2048,
+    "moe_layer_freq": [0] * 3 + [1] * 58,
+}
 QWEN3_MOE = {
     **LLAMA,
     "num_layers": 48,
@@ -54,15 +73,15 @@ CLIP = {"num_layers": 24, "hidden_size": 1024, "ffn_hidden_size": 4096, "num_att
         ("llama3-8b", LLAMA, {"rotary": True, "vocab_size": 128256}),
         ("qwen2-7b", QWEN2, {"rotary": True, "vocab_size": 152064}),
         ("qwen3-30b-a3b", QWEN3_MOE, {"rotary": True, "vocab_size": 151936}),
+        ("deepseek-v3", DEEPSEEK_V3, {"rotary": True, "vocab_size": 129280}),
         ("vit-22b", VIT, {"patch_size": 14}),
         ("clip-vit-l-336", CLIP, {"patch_size": 14, "positions": 577}),
     ],
 )
 def test_a_config_gives_the_same_module_as_the_preset(preset, sizes, around):
     wanted = module_preset(preset)
-    found = module_from_config(
-        TransformerConfig(**sizes), name=preset[:2], kind=wanted.kind, **around
-    )
+    kind = MLATransformerConfig if "kv_lora_rank" in sizes else TransformerConfig
+    found = module_from_config(kind(**sizes), name=preset[:2], kind=wanted.kind, **around)
     assert found.layers == wanted.layers
     assert layer_spec(found) == layer_spec(wanted)
     assert module_parameters(found) == module_parameters(wanted)
@@ -93,7 +112,16 @@ def test_experts_may_stand_behind_dense_layers():
     assert layer_spec(found, 1).experts is not None
 
 
-@pytest.mark.parametrize("pattern", [2, [1, 0, 1, 0], [1, 1]])
+@pytest.mark.parametrize("pattern", [2, [1, 0, 1, 0]])
+def test_experts_may_stand_in_every_other_layer(pattern):
+    found = moe(moe_layer_freq=pattern)
+    assert found.layer.experts is not None
+    assert found.layer.experts.only_layers == (0, 2)
+    runs = [(spec.experts is not None, count) for spec, count in layer_groups(found, 0, 4)]
+    assert runs == [(True, 1), (False, 1), (True, 1), (False, 1)]
+
+
+@pytest.mark.parametrize("pattern", [[1, 1], [1, 1, 1, 2]])
 def test_other_patterns_of_experts_are_refused(pattern):
     with pytest.raises(ConfigError, match="moe_layer_freq says"):
         moe(moe_layer_freq=pattern)
