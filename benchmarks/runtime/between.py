@@ -52,7 +52,8 @@ STEPS = {
     "_plan_for": "plan collected, shared, agreed",
     "_request_next": "next plan asked for",
     "_stages": "stages made ready",
-    "_report": "trace gathered, planner and journal told",
+    "_measured": "times gathered",
+    "_report": "planner and journal told",
 }
 """What the schedule function does between two iterations, by method."""
 
