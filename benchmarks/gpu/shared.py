@@ -1,4 +1,4 @@
-r"""Four ranks on one GPU: PipeWeaver beside Megatron's interleaved function, measured.
+r"""Four ranks on one GPU, or on four: PipeWeaver beside Megatron's interleaved function, measured.
 
     bash scripts/gpu_check.sh            # starts MPS and sets NCCL's multi-rank switch
     python -m benchmarks.gpu.shared --size small -o shared.csv     # the same code on a CPU
@@ -109,7 +109,9 @@ class Run:
 def work(ctx: RankContext, run: Run) -> list[Row]:
     """Rank 0's rows: (batches, repeat, PipeWeaver's ns, Megatron's ns, planned ns)."""
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    # One of its own for each rank where there are enough, or else the first one for all.
+    own = ctx.rank if torch.cuda.device_count() >= RANKS else 0
+    device = torch.device("cuda", own) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group(
@@ -208,7 +210,8 @@ def free_bytes(on_gpu: bool) -> int:
     if not on_gpu:
         return 1 << 30
     free, _ = torch.cuda.mem_get_info()
-    return free * 6 // (10 * RANKS)
+    sharing = 1 if torch.cuda.device_count() >= RANKS else RANKS
+    return free * 6 // (10 * sharing)
 
 
 def planner_for(case: Case, profile: DeviceProfile, capacity_bytes: int, search_ns: int) -> Planner:

@@ -133,6 +133,7 @@ class MegatronStages:
                 vp_stage=chunk.vp_stage,
                 is_last_stage=self._makes_loss(op),
             )
+        offload.settle()
         self.num_tokens += num_tokens
         if outcomes:
             self._outcomes.setdefault(op.microbatch, []).extend(outcomes)

@@ -3,9 +3,15 @@
     compute | layer 0 | layer 1 | layer 2 |  ...  | layer 2 | layer 1 | layer 0 |
     copies            | 0 out   | 1 out   |     2 in | 1 in    | 0 in    |
 
-On a device with streams the copies run on one of their own. Two layers at most are back at a time:
-the one whose backward runs and the one in front of it. On a CPU the same code copies from one
-buffer into another, which counts as host memory where tensors are accounted.
+On a device with streams the copies run on one of their own. Two layers at most are on the device at
+a time: in the forward the one that runs and the one that leaves, in the backward the one that runs
+and the one in front of it. The host queues work far ahead of the device, and memory that is marked
+as used by a second stream (`Tensor.record_stream`) cannot be given out again until the device has
+come by: every layer of a stage would find the memory of those before it taken. So all memory here
+belongs to the compute stream, which waits for a copy before the memory behind it is let go.
+
+On a CPU the same code copies from one buffer into another, which counts as host memory where
+tensors are accounted.
 """
 
 from __future__ import annotations
@@ -26,10 +32,13 @@ class _Copy:
 
     host: Tensor
     device: torch.device
+    leaving: Tensor | None = None
+    """The storage itself, where there are streams, until the compute stream has waited for it."""
     left: Any = None
-    """The event after which the copy to the host is complete, where there are streams."""
+    """The event after which the copy to the host is complete."""
     back: Tensor | None = None
     arrived: Any = None
+    """The event after which `back` is whole, until the compute stream has waited for it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,6 +112,19 @@ class HostOffload:
         with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
             yield
         layer.storages.clear()
+        if number:
+            self._let_leave(self._layers[number - 1])
+
+    def settle(self) -> None:
+        """The stage's forward has run: give the last layer's memory back once it has left.
+
+        The compute stream does not wait for it; one layer a stage is what the allocator may hold.
+        """
+        for layer in self._layers[-1:]:
+            for copy in layer.copies.values():
+                if copy.leaving is not None:
+                    copy.leaving.record_stream(self._stream)
+                    copy.leaving = None
 
     def prefetch(self) -> None:
         """Start to bring the last layer back; the others follow one by one as backwards run."""
@@ -111,6 +133,8 @@ class HostOffload:
 
     def finish(self) -> None:
         """Let go of everything; the backward has run."""
+        for layer in self._layers:
+            self._let_go(layer)
         self._layers.clear()
 
     def _copy_of(self, tensor: Tensor, layer: _Layer) -> _Copy:
@@ -130,8 +154,7 @@ class HostOffload:
         with self._copying():
             host.copy_(whole, non_blocking=True)
         if self._stream is not None:
-            whole.record_stream(self._stream)  # its memory is not given out again before
-            made.left = self._stream.record_event()
+            made.leaving, made.left = whole, self._stream.record_event()
         return made
 
     def _bring_back(self, number: int) -> None:
@@ -140,11 +163,13 @@ class HostOffload:
         if layer.wanted:
             return
         layer.wanted = True
+        self._let_leave(layer)  # where nobody has settled
         for copy in layer.copies.values():
+            # The compute stream's memory: the copy waits for whatever has used it so far.
+            copy.back = torch.empty_like(copy.host, device=copy.device)
             with self._copying():
                 if copy.left is not None:
                     self._stream.wait_event(copy.left)
-                copy.back = torch.empty_like(copy.host, device=copy.device)
                 copy.back.copy_(copy.host, non_blocking=True)
             if self._stream is not None:
                 copy.arrived = self._stream.record_event()
@@ -155,10 +180,7 @@ class HostOffload:
         self._work_on(saved.layer)
         copy = saved.copy
         assert copy.back is not None
-        if copy.arrived is not None:
-            compute = torch.cuda.current_stream(copy.device)
-            compute.wait_event(copy.arrived)
-            copy.back.record_stream(compute)
+        self._await(copy)
         whole = torch.empty(0, dtype=saved.dtype, device=copy.device)
         return whole.set_(copy.back.untyped_storage(), saved.offset, saved.shape, saved.strides)
 
@@ -168,7 +190,27 @@ class HostOffload:
         if number > 0:
             self._bring_back(number - 1)
         for layer in self._layers[number + 1 :]:
-            layer.copies.clear()
+            self._let_go(layer)
+
+    def _let_leave(self, layer: _Layer) -> None:
+        """The compute stream waits until `layer` is on the host; then its memory is free."""
+        for copy in layer.copies.values():
+            if copy.leaving is not None:
+                torch.cuda.current_stream(copy.device).wait_event(copy.left)
+                copy.leaving = None
+
+    def _let_go(self, layer: _Layer) -> None:
+        """Free what `layer` has on the device and on the host."""
+        for copy in layer.copies.values():
+            self._await(copy)  # else what comes next in this memory could be copied over
+        self._let_leave(layer)
+        layer.copies.clear()
+
+    def _await(self, copy: _Copy) -> None:
+        """The compute stream waits until `copy` is back, once."""
+        if copy.arrived is not None:
+            torch.cuda.current_stream(copy.device).wait_event(copy.arrived)
+            copy.arrived = None
 
     def _copying(self) -> AbstractContextManager[Any]:
         """On the copy stream, behind what the compute stream has been given so far."""

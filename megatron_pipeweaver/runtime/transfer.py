@@ -170,26 +170,41 @@ class ProcessGroupTransport:
         """See `Transport`; on a GPU the host waits for its stream to come past all waits."""
         awaited, self._awaited[:] = tuple(self._awaited), ()
         for one in awaited:
-            deadline = time.monotonic() + self._timeout.total_seconds()
-            while not one.passed.query():
-                if time.monotonic() > deadline:
-                    limit = f" within {self._timeout.total_seconds():g} s"
-                    raise _failure(one.message, one.where, limit, "nothing has come past it")
-                time.sleep(_POLL_S)
+            if not _comes(one.passed, self._timeout):
+                limit = f" within {self._timeout.total_seconds():g} s"
+                raise _failure(one.message, one.where, limit, "nothing has come past it")
 
     def _try_link(self, source: int, target: int) -> None:
         """One byte over the link: connects it now, since connecting later would block a post."""
         probe = torch.zeros(1, dtype=torch.uint8, device=self._device)
         post, peer = (dist.isend, target) if self._rank == source else (dist.irecv, source)
         group = self._groups[source, target]
+        where = f"link from global rank {source} to {target}"
         try:
             for work in _post_as_one([dist.P2POp(post, probe, peer, group=group)]):
                 work.wait()
         except RuntimeError as error:
+            raise TransferError(f"{where}: {_first_line(error)}; see that rank's log") from error
+        if not self._blocking and not _comes(_passed(), self._timeout):
             raise TransferError(
-                f"link from global rank {source} to {target}: {_first_line(error)}; see that "
-                "rank's log"
-            ) from error
+                f"{where}: no byte came through within {self._timeout.total_seconds():g} s; see "
+                "that rank's log"
+            )
+
+
+def _passed() -> Any:
+    """An event behind all that the current stream has been given so far."""
+    return torch.cuda.current_stream().record_event()
+
+
+def _comes(event: Any, timeout: timedelta) -> bool:
+    """Whether the device comes past `event` within `timeout`; looks again and again."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not event.query():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
 
 
 def _post_as_one(operations: Sequence[dist.P2POp]) -> Sequence[Any]:
@@ -236,8 +251,7 @@ class _OnStream:
             self._work.wait()
         except RuntimeError as error:
             raise _failure(self._message, self._where, "", _first_line(error)) from error
-        passed = torch.cuda.current_stream().record_event()
-        self._awaited.append(_Awaited(self._message, self._where, passed))
+        self._awaited.append(_Awaited(self._message, self._where, _passed()))
         return self._tensor
 
 

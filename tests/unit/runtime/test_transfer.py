@@ -124,9 +124,11 @@ def test_every_rank_makes_the_same_communicators_in_the_same_order(
 def transport_on_a_device(
     monkeypatch: pytest.MonkeyPatch, timeout_s: float = 1
 ) -> tuple[FakeDist, transfer.ProcessGroupTransport]:
-    """Rank 0 of two, whose tensors are not on the host."""
+    """Rank 0 of two, whose tensors are not on the host; both links work."""
     fake = FakeDist(0)
     monkeypatch.setattr(transfer, "dist", fake)
+    events = [FakeEvent(0), FakeEvent(2)]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream(events))
     made = transfer.ProcessGroupTransport(
         [(0, 1)], device=torch.device("meta"), timeout=timedelta(seconds=timeout_s)
     )
@@ -153,6 +155,18 @@ def test_directions_do_not_share_a_communicator_and_device_waits_stay_on_the_str
     transport.finish()
     assert events == []
     assert (sent._awaited, received._awaited) == ([], [])  # type: ignore[attr-defined]
+
+
+def test_a_link_of_devices_that_does_not_work_is_told_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transfer, "dist", FakeDist(0))
+    events = [FakeEvent(0), FakeEvent(10**9)]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream(events))
+    with pytest.raises(TransferError, match=r"link from global rank 1 to 0: no byte .* 0\.05 s"):
+        transfer.ProcessGroupTransport(
+            [(0, 1)], device=torch.device("meta"), timeout=timedelta(seconds=0.05)
+        )
 
 
 def test_a_wait_on_a_stream_that_does_not_end_is_told_in_bounded_time(

@@ -55,6 +55,71 @@ def test_no_python_is_said_plainly(script: str, bare_path: Path, tmp_path: Path)
         assert f"Python {version}: not on PATH and not under pyenv" in ended.stderr
 
 
+def check_gpu(tmp_path: Path, bare_path: Path, **answers: str) -> tuple[int, dict[str, str]]:
+    """`gpu_check.sh` with a Python that plays torch; its exit code, and the summary by part."""
+    lines = [
+        f'case "$*" in *"{asked}"*) echo {answer}; exit ;; esac'
+        for asked, answer in (
+            ("device_count", answers.get("gpus", "1")),
+            ("nccl.version", answers.get("nccl", "2 31 1")),
+            ("found_device", "H100"),
+            ("tests/gpu", answers.get("tests", "all passed")),
+            ("benchmarks", "ran"),
+        )
+    ]
+    add_program(tmp_path / "env/bin", "python", "\n".join(lines))
+    for tool in ("bash", "mkdir", "tee"):
+        (bare_path / tool).symlink_to(shutil.which(tool) or f"/usr/bin/{tool}")
+    results = tmp_path / "results"
+    ended = run_bash(
+        str(REPO / "scripts/gpu_check.sh"),
+        str(tmp_path / "env"),
+        path=bare_path,
+        home=tmp_path,
+        PIPEWEAVER_GPU_RESULTS=str(results),
+    )
+    lines = (results / "summary.txt").read_text().splitlines()
+    return ended.returncode, dict(one.split(": ", 1) for one in lines)
+
+
+def test_of_a_gpu_all_is_checked_that_can_be_and_the_rest_is_told(
+    bare_path: Path, tmp_path: Path
+) -> None:
+    code, summary = check_gpu(tmp_path, bare_path)
+    assert code == 0
+    assert (summary["tests"], summary["accuracy"]) == ("ran", "ran")
+    assert summary["pipeline"].startswith("skipped: nvidia-cuda-mps-control is not installed")
+
+
+@pytest.mark.parametrize(
+    ("answers", "code", "part", "told"),
+    [
+        ({"nccl": "2 28 3"}, 0, "pipeline", "skipped: NCCL 2.28 refuses ranks"),
+        ({"gpus": "4", "nccl": "2 28 3"}, 0, "pipeline", "ran"),
+        ({"tests": "failed; exit 1"}, 1, "tests", "failed: see tests.log"),
+    ],
+)
+def test_what_a_gpu_check_left_out_is_said(
+    bare_path: Path, tmp_path: Path, answers: dict[str, str], code: int, part: str, told: str
+) -> None:
+    found, summary = check_gpu(tmp_path, bare_path, **answers)
+    assert found == code
+    assert summary[part].startswith(told)
+    assert summary["accuracy"] == "ran"
+
+
+def test_a_daemon_of_our_own_is_ended(bare_path: Path, tmp_path: Path) -> None:
+    add_program(
+        bare_path,
+        "nvidia-cuda-mps-control",
+        f'cat >>"{tmp_path}/told"; echo "$*" >>"{tmp_path}/told"',
+    )
+    code, summary = check_gpu(tmp_path, bare_path)
+    assert code == 0
+    assert summary["pipeline"] == "ran"
+    assert (tmp_path / "told").read_text().split() == ["-d", "quit"]
+
+
 def test_without_a_gpu_the_check_says_so_in_one_line(tmp_path: Path) -> None:
     add_program(tmp_path / "env/bin", "python", "exit 1")
     ended = run_bash(
