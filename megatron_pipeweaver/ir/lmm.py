@@ -113,7 +113,8 @@ class LayerOptions:
     """What a module's layers have besides width and depth; `None` is its kind's usual choice.
 
     `latent` says that attention is latent, and how wide; `head_size` is then left out. `window` is
-    the longest stretch, in units, that attention sees, except in `full_attention_layers`.
+    the longest stretch, in units, that attention sees, except in `full_attention_layers`; causal
+    attention sees so many units up to its own.
     `context_size` is the width that cross-attention reads, in every layer or in
     `cross_attention_layers` alone, where it takes the place of self-attention if
     `cross_attention_alone` (Llama 3.2 Vision). `tap_layers` are those whose output a projector of

@@ -24,13 +24,17 @@ def pairs(load: Load, kind: Attention, *, causal: bool, window: int | None = Non
     """Query-key pairs that self-attention computes, per head.
 
     Dense attention computes the full square of every row of the batch; fused attention stays
-    within the sequences (cut into windows, where there are any) and, when causal, below their
-    diagonals.
+    within the sequences and, when causal, below their diagonals. Windows cut sequences where
+    attention looks both ways; where it is causal they slide, a query's own place at their end.
     """
     if kind is Attention.DENSE:
         return load.batch * load.sequence * load.sequence
     if causal:
-        return sum(length * (length + 1) // 2 for length in load.lengths)
+        wide = [min(length, window or length) for length in load.lengths]
+        return sum(
+            seen * (seen + 1) // 2 + (length - seen) * seen
+            for length, seen in zip(load.lengths, wide, strict=True)
+        )
     if window is None:
         return sum(length * length for length in load.lengths)
     return sum(

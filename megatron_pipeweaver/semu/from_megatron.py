@@ -47,7 +47,6 @@ _RMS_NORM = {"LayerNorm": False, "RMSNorm": True}
 # every version of megatron-core has all of these; one that is not there is off.
 _NOT_EMULATED: Mapping[str, Any] = MappingProxyType(
     {
-        "window_size": None,
         "attention_output_gate": False,
         "experimental_attention_variant": None,
         "linear_attention_freq": None,
@@ -109,6 +108,7 @@ def module_from_config(
             rotary=rotary,
             qk_norm=config.qk_layernorm,
             latent=latent,
+            **_windows(config, name, kind),
             experts=_experts(config, name, ffn_hidden_size),
             positions=around.pop("positions", 0),
         ),
@@ -127,6 +127,30 @@ def _latent(config: Any) -> LatentOptions | None:
         rotary_size=config.qk_pos_emb_head_dim,
         value_size=config.v_head_dim,
     )
+
+
+def _windows(config: Any, name: str, kind: ModuleKind) -> dict[str, Any]:
+    """How far attention looks back, a query's own place included, and where it looks on.
+
+    Raises:
+        ConfigError: the window does not end at the query, or attention is not causal.
+    """
+    given = getattr(config, "window_size", None)
+    if given is None:
+        return {}
+    back, ahead = given
+    if back < 0 or ahead != 0 or kind not in (ModuleKind.LANGUAGE, ModuleKind.TEXT):
+        raise ConfigError(
+            f"module {name!r}: window_size is {given!r} in a module of kind {kind.value!r}; "
+            "emulated are windows (N, 0) of causal attention"
+        )
+    skip = getattr(config, "window_attn_skip_freq", None)
+    layers = range(config.num_layers)
+    if isinstance(skip, int):
+        whole = [layer for layer in layers if (layer + 1) % skip == 0]
+    else:
+        whole = [layer for layer in layers if skip is not None and not skip[layer]]
+    return {"window": back + 1, "full_attention_layers": tuple(whole)}
 
 
 def _experts(config: LayerConfig, name: str, ffn_hidden_size: int) -> ExpertOptions | None:

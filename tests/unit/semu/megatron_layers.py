@@ -109,8 +109,10 @@ def make_layer(
             "v_head_dim": spec.latent.value_size,
             "rope_type": "rope",
         }
+    windowed = spec.causal and spec.window is not None
     config = kind(
         num_layers=1,
+        window_size=(spec.window - 1, 0) if windowed else None,
         hidden_size=spec.hidden_size,
         ffn_hidden_size=spec.ffn_hidden_size,
         num_attention_heads=spec.heads,

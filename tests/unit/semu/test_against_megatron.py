@@ -45,6 +45,7 @@ SPECS = {
     "gpt": _spec(),
     "gpt, rotary": _spec(rotary=True),
     "gpt, grouped": _spec(groups=2),
+    "gpt, window": _spec(window=17),
     "llama": _spec(**LLAMA),
     "llama, grouped": _spec(groups=2, **LLAMA),
     "qwen2": _spec(groups=2, **{**LLAMA, "qkv_bias": True}),

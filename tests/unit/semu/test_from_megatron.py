@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.lmm import ModuleKind
@@ -129,13 +130,40 @@ def test_other_patterns_of_experts_are_refused(pattern):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("mla_down_proj_fusion", True), ("window_size", (128, 0)), ("mtp_num_layers", 1)],
+    [("mla_down_proj_fusion", True), ("mtp_num_layers", 1)],
 )
 def test_what_is_not_emulated_is_refused(field, value):
     config = TransformerConfig(num_layers=2, hidden_size=64, num_attention_heads=4)
     setattr(config, field, value)
     with pytest.raises(ConfigError, match=rf"module 'text': {field} is .* not emulated; use"):
         module_from_config(config, name="text", kind=ModuleKind.TEXT)
+
+
+@pytest.mark.parametrize(
+    ("skip", "whole"), [(None, ()), (3, (2, 5)), ([1, 0, 1, 1, 1, 0], (1, 5))], ids=str
+)
+def test_windows_slide_in_all_layers_but_some(skip, whole):
+    config = TransformerConfig(num_layers=6, hidden_size=64, num_attention_heads=4)
+    config.window_size, config.window_attn_skip_freq = (127, 0), skip
+    found = module_from_config(config, name="language", kind=ModuleKind.LANGUAGE)
+    assert found.layer.full_attention_layers == whole
+    windows = [layer_spec(found, layer).window for layer in range(6)]
+    assert windows == [None if layer in whole else 128 for layer in range(6)]
+    # Megatron's own rule, which counts layers from 1.
+    assert windows == [
+        128 if is_layer_window_attention((127, 0), skip, layer) else None for layer in range(1, 7)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("window", "kind"),
+    [((128, 64), ModuleKind.LANGUAGE), ((-1, 0), ModuleKind.TEXT), ((8, 0), ModuleKind.VISION)],
+)
+def test_other_windows_are_refused(window, kind):
+    config = TransformerConfig(num_layers=2, hidden_size=64, num_attention_heads=4)
+    config.window_size = window
+    with pytest.raises(ConfigError, match=r"window_size is .* emulated are windows \(N, 0\)"):
+        module_from_config(config, name="text", kind=kind)
 
 
 def test_an_unknown_norm_is_refused():
