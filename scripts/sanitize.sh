@@ -4,7 +4,8 @@
 #   bash scripts/sanitize.sh [ENVIRONMENT] [PROBLEMS]     default: .venv-test-3.12, 400 problems
 #
 # Builds a copy of the package beside the sanitized core in a temporary folder, then runs a slice of
-# the fuzz and the search's unit tests on it. The first finding ends it with an error.
+# the fuzz, the search's unit tests, and the tests that read and prove plans, damaged ones among them.
+# The first finding ends it with an error.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -39,4 +40,7 @@ say "fuzz ..."
 sanitized "$environment/bin/python" -m benchmarks.search.fuzz --problems "$problems" -o fuzz.csv
 say "unit tests of the search ..."
 sanitized "$environment/bin/python" -m pytest -q -p no:cacheprovider tests/unit/search
+say "plans, damaged ones and mutants ..."
+sanitized "$environment/bin/python" -m pytest -q -p no:cacheprovider tests/unit/compiler \
+    tests/property/test_compiler_packed.py tests/property/test_compiler_mutants.py
 say "sanitizers: clean"

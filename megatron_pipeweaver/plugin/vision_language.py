@@ -35,7 +35,7 @@ from megatron_pipeweaver.plugin.providers import (
     refuse_missing_layers,
     refuse_other_models,
 )
-from megatron_pipeweaver.semu.from_megatron import expert_layers
+from megatron_pipeweaver.semu.from_megatron import expert_layers, window_layers
 
 VISION, LANGUAGE = "vision", "language"
 
@@ -226,6 +226,7 @@ def hugging_face_spec(args: argparse.Namespace, model: HuggingFaceModel) -> Mode
         "num_attention_heads": language.attention_heads,
         "untie_embeddings_and_output_weights": not language.tied_embeddings,
         "qk_layernorm": False,
+        "window_size": None,
         "rotary_percent": 1.0,
         "use_rope_scaling": False,
         "rotary_seq_len_interpolation_factor": None,
@@ -287,6 +288,12 @@ def _language_spec(args: argparse.Namespace) -> ModuleSpec:
             qk_norm=args.qk_layernorm,
             latent=latent,
             experts=_experts(args),
+            **window_layers(
+                getattr(args, "window_size", None),
+                getattr(args, "window_attn_skip_freq", None),
+                args.decoder_num_layers,
+                LANGUAGE,
+            ),
         ),
     )
 

@@ -133,23 +133,49 @@ def _windows(config: Any, name: str, kind: ModuleKind) -> dict[str, Any]:
     """How far attention looks back, a query's own place included, and where it looks on.
 
     Raises:
-        ConfigError: the window does not end at the query, or attention is not causal.
+        ConfigError: attention is not causal, or as `window_layers` has it.
     """
     given = getattr(config, "window_size", None)
-    if given is None:
-        return {}
-    back, ahead = given
-    if back < 0 or ahead != 0 or kind not in (ModuleKind.LANGUAGE, ModuleKind.TEXT):
+    if given is not None and kind not in (ModuleKind.LANGUAGE, ModuleKind.TEXT):
         raise ConfigError(
             f"module {name!r}: window_size is {given!r} in a module of kind {kind.value!r}; "
             "emulated are windows (N, 0) of causal attention"
         )
     skip = getattr(config, "window_attn_skip_freq", None)
-    layers = range(config.num_layers)
+    return window_layers(given, skip, config.num_layers, name)
+
+
+def window_layers(
+    window: Sequence[int] | None, skip: int | Sequence[int] | None, layers: int, name: str
+) -> dict[str, Any]:
+    """How far causal attention looks back, and in which layers, as fields of `LayerOptions`.
+
+    Args:
+        window: Megatron's ``window_size``, keys before and behind a query; `None` for all before.
+        skip: its ``window_attn_skip_freq``.
+        layers: how many there are.
+        name: of the module.
+
+    Raises:
+        ConfigError: the window does not end at the query, or the pattern is one of other layers.
+    """
+    if window is None:
+        return {}
+    back, ahead = window
+    if back < 0 or ahead != 0:
+        raise ConfigError(
+            f"module {name!r}: window_size is {tuple(window)!r}; "
+            "emulated are windows (N, 0) of causal attention"
+        )
+    if isinstance(skip, Sequence) and len(skip) != layers:
+        raise ConfigError(
+            f"module {name!r}: window_attn_skip_freq says {list(skip)}; give a 0 or a 1 for each "
+            f"of {layers} layers"
+        )
     if isinstance(skip, int):
-        whole = [layer for layer in layers if (layer + 1) % skip == 0]
+        whole = [layer for layer in range(layers) if (layer + 1) % skip == 0]
     else:
-        whole = [layer for layer in layers if skip is not None and not skip[layer]]
+        whole = [layer for layer in range(layers) if skip is not None and not skip[layer]]
     return {"window": back + 1, "full_attention_layers": tuple(whole)}
 
 

@@ -73,6 +73,7 @@ def flags(**changed: Any) -> argparse.Namespace:
         "num_attention_heads": 4,
         "untie_embeddings_and_output_weights": True,
         "qk_layernorm": False,
+        "window_size": None,
         "rotary_percent": 1.0,
         "use_rope_scaling": False,
         "rotary_seq_len_interpolation_factor": None,

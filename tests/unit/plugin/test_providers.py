@@ -11,7 +11,8 @@ from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.models.configs import chunk_config, root_config
 from megatron_pipeweaver.plugin import providers
 from megatron_pipeweaver.plugin.providers import model_options, refuse_other_models
-from megatron_pipeweaver.plugin.vision_language import VisionLanguage
+from megatron_pipeweaver.plugin.vision_language import VisionLanguage, _language_spec
+from megatron_pipeweaver.semu.architecture import layer_spec
 from tests.unit.models.examples import cut, vision_language
 
 ARGUMENTS = {
@@ -95,6 +96,29 @@ def test_a_window_of_the_language_model_is_none_of_the_vit(
         for module, cut_of in zip(spec.modules, layout.modules, strict=True)
     }
     assert windows == {"vision": None, "language": (3, 0)}
+
+
+def test_plans_count_the_window_of_the_language_model() -> None:
+    sizes = {
+        "group_query_attention": False,
+        "multi_latent_attention": False,
+        "hidden_size": 24,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 4,
+        "decoder_num_layers": 4,
+        "swiglu": False,
+        "padded_vocab_size": 64,
+        "untie_embeddings_and_output_weights": True,
+        "qk_layernorm": False,
+    }
+    window = {"window_size": (3, 0), "window_attn_skip_freq": 2}
+    spec = _language_spec(vision_language_arguments(**sizes, **window))
+    assert [layer_spec(spec, layer).window for layer in range(4)] == [4, None, 4, None]
+    spec = _language_spec(vision_language_arguments(**sizes))
+    assert [layer_spec(spec, layer).window for layer in range(4)] == [None] * 4
+    wrong = vision_language_arguments(**sizes, **{**window, "window_attn_skip_freq": [1, 1, 0]})
+    with pytest.raises(ConfigError, match="give a 0 or a 1 for each of 4 layers"):
+        _language_spec(wrong)
 
 
 def test_a_microbatch_may_leave_images_out() -> None:
