@@ -27,7 +27,6 @@ from megatron_pipeweaver.config import SearchConfig
 from megatron_pipeweaver.ir.plan import Message, Plan, PlanPass, VerifiedPlan
 from megatron_pipeweaver.ir.plan_codec import plan_from_json, plan_to_json
 from megatron_pipeweaver.ir.problem import OpKey
-from megatron_pipeweaver.planner.wire import without_collections
 from megatron_pipeweaver.runtime.executor import Executor
 from megatron_pipeweaver.runtime.recorder import Recorder
 from megatron_pipeweaver.runtime.transfer import Pending
@@ -136,9 +135,8 @@ def main() -> None:
         verified = case.planned[0].plan
         times = action_ns(verified, args.repeats)
         repeats = max(1, args.repeats // 3)
-        with without_collections():  # as `planner.wire.decode` does it
-            read, proven = verify_ns(verified, repeats, read_plan)
-            by_python = verify_ns(verified, repeats, plan_from_json)
+        read, proven = verify_ns(verified, repeats, read_plan)
+        by_python = verify_ns(verified, repeats, plan_from_json)
         rows.append(
             {
                 "setup": setup,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_pipeweaver.compiler.packed import read_plan
@@ -82,8 +80,7 @@ def decode(data: bytes, source: str = "plan from the planning rank") -> Received
         WIRE_FORMAT,
         {"batch_digest", "baselines", "lower_bound_ns", "bubble_ppm", "search_ns", "origin"},
     )
-    with without_collections():
-        plan = verify(read_plan(body, source))
+    plan = verify(read_plan(body, source))
     return ReceivedPlan(
         plan=plan,
         batch_digest=root["batch_digest"].text(),
@@ -93,22 +90,6 @@ def decode(data: bytes, source: str = "plan from the planning rank") -> Received
         search_ns=root["search_ns"].integer(),
         origin=_origin(root["origin"]),
     )
-
-
-@contextmanager
-def without_collections() -> Iterator[None]:
-    """Python looks for no cyclic garbage meanwhile.
-
-    A plan is tens of thousands of objects in no cycle, and each search would go through all that
-    training holds as well.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _origin(node: JsonNode) -> PlanOrigin:

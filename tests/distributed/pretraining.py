@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import math
 import multiprocessing
@@ -115,8 +116,9 @@ def train(ctx: RankContext, runs: Mapping[str, Run], directory: Path) -> dict[st
 
 
 def renew_groups(ctx: RankContext, number: int) -> None:
-    """Let go of all process groups, whose sockets would add up, and begin with a new one."""
+    """Let go of all process groups, whose sockets and threads would add up; begin with a new one."""
     dist.destroy_process_group()
+    gc.collect()  # models and optimizers in cycles hold groups
     file = ctx.directory / f"rendezvous-{number}"
     dist.init_process_group(
         "gloo", init_method=f"file://{file}", rank=ctx.rank, world_size=ctx.size

@@ -111,23 +111,8 @@ def test_a_plan_alone_is_no_message(data):
         decode(data.partition(b"\n")[2])
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_no_garbage_is_looked_for_while_a_plan_is_read(monkeypatch, data, enabled):
-    whole, seen = wire.read_plan, []
-
-    def read(*args):
-        seen.append(gc.isenabled())
-        return whole(*args)
-
-    monkeypatch.setattr(wire, "read_plan", read)
-    try:
-        if not enabled:
-            gc.disable()
-        decode(data)
-        assert gc.isenabled() is enabled
-        with pytest.raises(ConfigError):
-            decode(data[:-200])
-        assert gc.isenabled() is enabled  # as training had it
-    finally:
-        gc.enable()
-    assert seen == [False, False]
+def test_reading_a_plan_leaves_garbage_collection_to_whoever_runs_beside_it(monkeypatch, data):
+    # Plans are read in threads; what one finds switched off, another may have switched off.
+    for switch in ("disable", "enable", "freeze"):
+        monkeypatch.setattr(gc, switch, lambda: pytest.fail("switched"))
+    assert decode(data).plan is not None
