@@ -116,7 +116,7 @@ def train(ctx: RankContext, runs: Mapping[str, Run], directory: Path) -> dict[st
 
 
 def renew_groups(ctx: RankContext, number: int) -> None:
-    """Let go of all process groups, whose sockets and threads would add up; begin with a new one."""
+    """Let go of all process groups, whose sockets and threads add up, and begin with a new one."""
     dist.destroy_process_group()
     gc.collect()  # models and optimizers in cycles hold groups
     file = ctx.directory / f"rendezvous-{number}"

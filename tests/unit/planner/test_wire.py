@@ -5,7 +5,6 @@ import pytest
 
 from megatron_pipeweaver.errors import ConfigError, PlanInvalidError
 from megatron_pipeweaver.ir.plan import VerifiedPlan
-from megatron_pipeweaver.planner import wire
 from megatron_pipeweaver.planner.wire import WIRE_FORMAT, decode, encode, encode_failure
 from tests.unit.planner.examples import batch_of, make_planner
 
