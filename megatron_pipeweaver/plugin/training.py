@@ -34,10 +34,10 @@ from megatron_pipeweaver.plugin.arguments import (
     WAIT,
     PipeWeaverArguments,
     add_pipeweaver_arguments,
-    check_combinations,
     read_arguments,
     settle_virtual_size,
 )
+from megatron_pipeweaver.plugin.combinations import check_combinations
 from megatron_pipeweaver.plugin.cpu_training import cpu_training_patches
 from megatron_pipeweaver.plugin.cut import cut_model, memory_capacity
 from megatron_pipeweaver.plugin.data import data_state_hook

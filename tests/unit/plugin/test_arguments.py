@@ -9,15 +9,14 @@ import pytest
 from megatron_pipeweaver.errors import ConfigError
 from megatron_pipeweaver.ir.strategy import LayerStrategy
 from megatron_pipeweaver.plugin.arguments import (
-    _REFUSED,
     WAIT,
     Fallback,
     PipeWeaverArguments,
     add_pipeweaver_arguments,
-    check_combinations,
     read_arguments,
     settle_virtual_size,
 )
+from megatron_pipeweaver.plugin.combinations import _REFUSED, check_combinations
 
 
 def parse(*flags):

@@ -11,12 +11,12 @@ from megatron_pipeweaver.errors import ConfigError, UnsupportedMegatronError
 from megatron_pipeweaver.ir.batch import MicrobatchMetadata
 from megatron_pipeweaver.planner.planner import batch_digest
 from megatron_pipeweaver.planner.wire import decode
-from megatron_pipeweaver.plugin.schedule import (
+from megatron_pipeweaver.plugin.duties import (
     UNSUPPORTED_OPTIONS,
-    PipeWeaverSchedule,
     finish_gradients,
     refuse_unsupported,
 )
+from megatron_pipeweaver.plugin.schedule import PipeWeaverSchedule
 from megatron_pipeweaver.plugin.sharing import SharedBatch
 from tests.unit.planner.examples import make_planner
 
